@@ -1,0 +1,921 @@
+"""PPO-Clip for vector observations and discrete actions (classic control, Box2D, your own environment), in one file.
+
+Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) plays N environments for T steps with pi_old,
+then climbs the clipped surrogate for K epochs of minibatches:
+
+    L = L^CLIP - c1 L^VF + c2 S,    L^CLIP = E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi(a|s) / pi_old(a|s)
+    L^VF = 1/2 E[(V(s) - V^targ)^2],    S = entropy of pi(.|s),    A = GAE(gamma, lambda)
+
+    python ppo_clip_discrete.py                                                      # CartPole-v1, some seconds
+    python ppo_clip_discrete.py --env-id LunarLander-v3 --total-timesteps 1000000
+    python ppo_clip_discrete.py --resume runs/<run>                                  # goes on where a run stopped
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.utils import seeding
+from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ENT_COEF_BOUNDS = (1e-5, 0.05)  # --target-entropy keeps c2 in these
+ENT_COEF_RATE = 0.5  # and moves log c2 by this much an iteration, times the share of the entropy that is missing
+
+
+@dataclass(frozen=True)
+class Args:
+    # The run
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, a part of the run folder's name"""
+    seed: int = 1
+    """seed of everything random: network, actions, minibatches, environments"""
+    torch_deterministic: bool = True
+    """choose cuDNN's deterministic kernels"""
+    cuda: bool = True
+    """train on the GPU when there is one"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "ppo_clip"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases team"""
+    capture_video: bool = False
+    """after training, film one game to video.mp4 in the run folder"""
+    run_dir: str | None = None
+    """folder of the run (default: runs/<env>__<exp_name>__<seed>__<time>)"""
+    resume: str | None = None
+    """run folder to go on with, from its newest good checkpoint and with its arguments"""
+    checkpoint_interval: int = 50
+    """iterations between two checkpoints; there is always one at the end"""
+    eval_episodes: int = 10
+    """whole games played after training, with sampled actions; 0 for none"""
+
+    # The environment
+    env_id: str = "CartPole-v1"
+    """environment id, `module:Name-v0` for one that a module of yours registers"""
+    num_envs: int = 64
+    """N, environments that are played side by side"""
+    num_steps: int = 32
+    """T, steps in each environment an iteration"""
+    total_timesteps: int = 100_000
+    """environment steps of the whole run, over all environments"""
+
+    # Learning
+    learning_rate: float = 2e-3
+    """Adam's step size"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to zero over the run"""
+    gamma: float = 0.995
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
+    update_epochs: int = 6
+    """K, passes over the rollout an iteration"""
+    norm_adv: bool = True
+    """normalise the advantages in each minibatch"""
+    norm_obs: bool = True
+    """normalise observations by their running mean and variance (inside the network)"""
+    norm_reward: bool = True
+    """divide rewards by the running standard deviation of the discounted return"""
+    clip_coef: float = 0.2
+    """epsilon, the clipping range of the ratio"""
+    clip_vloss: bool = False
+    """clip the value's step too, as OpenAI's baselines do"""
+    ent_coef: float = 0.0
+    """c2, weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """c1, weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """longest gradient (global norm) that is not scaled down"""
+    target_kl: float | None = None
+    """trust region: no update leaves mean KL(pi_old || pi) above this"""
+    target_entropy: float | None = None
+    """adapt c2 so that the policy's mean entropy (nats) holds near this"""
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights of gain `std` and zero biases (Engstrom et al. 2020, arXiv:2005.12729, section 3)."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class RunningStats(nn.Module):
+    """Mean and variance of all rows seen so far, merged batch by batch (Chan et al. 1983, "parallel" formula)."""
+
+    def __init__(self, shape: tuple[int, ...] = ()):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros((), dtype=torch.float64))
+
+    def update(self, rows: torch.Tensor) -> None:
+        """Takes in `rows` (n, *shape)."""
+        delta = rows.mean(0) - self.mean
+        share = (len(rows) / (self.count + len(rows))).float()  # of the new rows in all rows
+        self.var.copy_((1 - share) * self.var + share * rows.var(0, correction=0) + share * (1 - share) * delta**2)
+        self.mean += share * delta
+        self.count += len(rows)
+
+
+class Agent(nn.Module):
+    """Shared encoder f_theta with a policy head W_pi and a value head W_v; takes raw observations.
+
+    `forward(obs)`: obs (B, *shape) float32, or (B,) int64 of a `Discrete` space -> logits (B, A), value (B,).
+    The value is in units of the training reward, which `return_stats` scales.
+    """
+
+    def __init__(self, envs: VectorEnv, hidden: int = 64):
+        super().__init__()
+        space = envs.single_observation_space
+        self.one_hot = (int(space.start), int(space.n)) if isinstance(space, gym.spaces.Discrete) else None
+        num_inputs = int(space.n) if self.one_hot else math.prod(space.shape)
+        self.obs_stats = RunningStats((num_inputs,))
+        self.return_stats = RunningStats()
+        self.encoder = nn.Sequential(
+            layer_init(nn.Linear(num_inputs, hidden)), nn.Tanh(), layer_init(nn.Linear(hidden, hidden)), nn.Tanh()
+        )
+        self.policy_head = layer_init(nn.Linear(hidden, int(envs.single_action_space.n)), std=0.01)
+        self.value_head = layer_init(nn.Linear(hidden, 1), std=1.0)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.one_hot:
+            x = F.one_hot(obs - self.one_hot[0], self.one_hot[1]).float()
+        else:
+            x = (obs.flatten(1) - self.obs_stats.mean) * torch.rsqrt(self.obs_stats.var + 1e-8)
+            x = x.clamp(-10.0, 10.0)
+        features = self.encoder(x)
+        return self.policy_head(features), self.value_head(features).squeeze(-1)
+
+
+class Replayable(gym.Wrapper):
+    """Remembers how the current episode began and its actions: playing them again rebuilds an environment's state.
+
+    Exact for every environment whose only randomness is `np_random`, as Gymnasium's interface asks.
+    """
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.unwrapped.np_random, _ = seeding.np_random(seed)
+        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
+        return self.env.reset(options=options)
+
+    def step(self, action):
+        self.actions.append(action)
+        return self.env.step(action)
+
+    def state_dict(self) -> dict:
+        return {"start": json.dumps(self.start), "actions": torch.tensor(self.actions, dtype=torch.int64)}
+
+    def load_state_dict(self, state: dict) -> np.ndarray:
+        """Returns the observation that the episode had reached."""
+        self.unwrapped.np_random.bit_generator.state = json.loads(state["start"])
+        obs, _ = self.reset()
+        for action in state["actions"].numpy():
+            obs = self.step(action)[0]
+        return obs
+
+
+def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> VectorEnv:
+    """`num_envs` copies of `args.env_id` that reset within the step that ends an episode (SAME_STEP)."""
+    if args.env_id.startswith("ALE/") or "NoFrameskip" in args.env_id:
+        fail(f"--env-id {args.env_id} is an Atari game: train it with ppo_clip_atari.py")
+
+    def make_env() -> gym.Env:
+        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
+        first_action = getattr(env.action_space, "start", 0)
+        if first_action != 0:  # the network counts actions from 0
+            actions = gym.spaces.Discrete(env.action_space.n)
+            env = gym.wrappers.TransformAction(env, lambda action: action + first_action, actions)
+        return Replayable(env)
+
+    try:
+        env = make_env()
+        env.close()
+    except Exception as error:
+        fail(f"--env-id {args.env_id} cannot be made: {type(error).__name__}: {error}")
+    if not isinstance(env.action_space, gym.spaces.Discrete):
+        fail(f"--env-id {args.env_id} has the action space {env.action_space}: PPO-Clip here needs a Discrete one")
+    space = env.observation_space
+    if not isinstance(space, gym.spaces.Discrete) and not (isinstance(space, gym.spaces.Box) and space.shape):
+        fail(f"--env-id {args.env_id} has the observation space {space}: a Box or Discrete one is needed")
+    if len(space.shape) == 3 and space.dtype == np.uint8:
+        fail(f"--env-id {args.env_id} gives images {space.shape}: copy ppo_clip_atari.py and change its make_envs")
+    return SyncVectorEnv([make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+
+
+def env_seeds(seed: int, stream: int, count: int) -> list[int]:
+    """`count` seeds of one stream (0 training, 1 evaluation, …) that no other seed or stream shares."""
+    return (np.random.SeedSequence([seed, stream]).generate_state(count) >> 1).tolist()
+
+
+def to_tensor(obs: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Observations as the network takes them: (N,) int64 of a Discrete space, else (N, *shape) float32."""
+    return torch.as_tensor(obs, dtype=torch.int64 if obs.ndim == 1 else torch.float32, device=device)
+
+
+class Rollout:
+    """Buffer of one iteration on the training device: row t holds what pi_old saw and did at step t."""
+
+    def __init__(self, args: Args, envs: VectorEnv, device: torch.device):
+        T, N, A = args.num_steps, args.num_envs, int(envs.single_action_space.n)
+        obs = to_tensor(envs.observation_space.sample(), device)
+        self.obs = torch.zeros((T, *obs.shape), dtype=obs.dtype, device=device)  # (T, N, *shape) raw observations
+        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)  # (T, N)
+        self.logits = torch.zeros((T, N, A), device=device)  # (T, N, A) of pi_old
+        self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old, the last row where the rollout stops
+        self.final_values = torch.zeros((T, N), device=device)  # (T, N) V_old(final observation) where truncated
+        self.rewards = torch.zeros((T, N), device=device)  # (T, N) training reward
+        self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
+        self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
+
+    def observations(self, idx: torch.Tensor) -> torch.Tensor:
+        """Observations (B, *shape) of the transitions `idx` (B,), counted t * N + n."""
+        return self.obs.flatten(0, 1)[idx]
+
+
+class Episodes:
+    """The N episodes in progress, where they stand and what they scored, and the scores of the last 100 that ended."""
+
+    def __init__(self, envs: VectorEnv, seeds: list[int]):
+        self.envs = envs
+        self.obs = envs.reset(seed=seeds)[0].copy()  # (N, *shape)
+        self.returns = np.zeros(envs.num_envs)  # score so far
+        self.lengths = np.zeros(envs.num_envs, dtype=np.int64)  # steps so far
+        self.discounted = np.zeros(envs.num_envs)  # discounted return so far, for the reward's scale
+        self.recent: deque[float] = deque(maxlen=100)
+        self.ended: list[tuple[float, int]] = []  # (return, length) of episodes that ended in this iteration
+
+    def add(self, rewards: np.ndarray, over: np.ndarray) -> None:
+        """Counts one step of each environment, raw `rewards` (N,) and whether the episode is `over` (N,)."""
+        self.returns += rewards
+        self.lengths += 1
+        for n in np.flatnonzero(over):
+            self.ended.append((float(self.returns[n]), int(self.lengths[n])))
+            self.recent.append(float(self.returns[n]))
+        self.returns[over] = 0.0
+        self.lengths[over] = 0
+
+    def state_dict(self) -> dict:
+        return {
+            "obs": torch.from_numpy(self.obs),
+            "returns": torch.from_numpy(self.returns),
+            "lengths": torch.from_numpy(self.lengths),
+            "discounted": torch.from_numpy(self.discounted),
+            "recent": list(self.recent),
+            "environments": [env.state_dict() for env in self.envs.envs],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Plays every environment to where it stood; those that do not get there again restart their episode."""
+        self.recent.extend(state["recent"])
+        obs = np.stack([e.load_state_dict(s) for e, s in zip(self.envs.envs, state["environments"])])
+        if not np.array_equal(obs, state["obs"].numpy(), equal_nan=True):
+            print("warning: the environments are not reproducible from np_random and actions: episodes restart")
+            self.obs = self.envs.reset()[0].copy()
+            return
+        self.obs = obs
+        self.returns, self.lengths = state["returns"].numpy(), state["lengths"].numpy()
+        self.discounted = state["discounted"].numpy()
+
+
+@torch.no_grad()
+def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args) -> None:
+    """Phase 1: pi_old plays T steps in N environments and fills `rollout`."""
+    device = rollout.values.device
+    T, N = rollout.actions.shape
+    rewards = np.zeros((T, N), dtype=np.float32)
+    discounted = np.zeros((T, N), dtype=np.float32)
+    terminated, truncated = np.zeros((2, T, N), dtype=bool)
+    final_obs = []  # of the truncated episodes, in the order of np.nonzero(cut)
+    for t in range(T):
+        rollout.obs[t] = to_tensor(episodes.obs, device)
+        rollout.logits[t], rollout.values[t] = agent(rollout.obs[t])
+        rollout.actions[t] = sample(rollout.logits[t])
+        episodes.obs, reward, terminated[t], truncated[t], info = step(episodes.envs, rollout.actions[t])
+        over = terminated[t] | truncated[t]
+        rewards[t] = reward
+        discounted[t] = episodes.discounted = args.gamma * episodes.discounted + reward
+        episodes.discounted[over] = 0.0
+        episodes.add(reward, over)
+        final_obs.extend(info["final_obs"][n] for n in np.flatnonzero(truncated[t] & ~terminated[t]))
+    rollout.values[T] = agent(to_tensor(episodes.obs, device))[1]
+    if final_obs:
+        cut = np.nonzero(truncated & ~terminated)
+        rollout.final_values[cut] = agent(to_tensor(np.stack(final_obs), device))[1]
+    if args.norm_reward:
+        agent.return_stats.update(torch.from_numpy(discounted).flatten().to(device))
+    rollout.rewards.copy_(torch.from_numpy(rewards))
+    rollout.rewards *= torch.rsqrt(agent.return_stats.var + 1e-8)
+    rollout.terminated.copy_(torch.from_numpy(terminated))
+    rollout.truncated.copy_(torch.from_numpy(truncated))
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Actions (B,) drawn from softmax(logits), logits (B, A)."""
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
+    """`envs.step` with actions (N,) from any device; an environment that dies ends the run with its own message."""
+    try:
+        return envs.step(actions.cpu().numpy())
+    except Exception as error:
+        fail(f"the environment died: {type(error).__name__}: {error}; the last checkpoint is intact", code=1)
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    final_values: torch.Tensor,
+    terminated: torch.Tensor,
+    truncated: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16).
+
+    All (T, N) but `values` (T+1, N); `final_values` counts only where truncated. Returns advantages and
+    V^targ = A + V_old, both (T, N). A termination cuts the bootstrap; a truncation bootstraps the final observation's
+    value; both cut the lambda-sum (Pardo et al. 2018, arXiv:1712.00378).
+    """
+    next_values = torch.where(truncated, final_values, values[1:]) * ~terminated
+    deltas = rewards + gamma * next_values - values[:-1]
+    decays = gamma * gae_lambda * ~(terminated | truncated)
+    advantages = torch.empty_like(deltas)
+    advantage = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages, advantages + values[:-1]
+
+
+def ppo_clip_loss(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    actions: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    old_values: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    ent_coef: float,
+    args: Args,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-L of PPO-Clip (Schulman et al. 2017, equations 7 and 9), to be minimised, and its metrics.
+
+    `logits` and `old_log_probs` (B, A) with gradient only in the first, all else (B,). Entropy and KL(pi_old || pi) are
+    exact sums over the actions.
+    """
+    log_probs = logits.log_softmax(-1)
+    log_ratio = (log_probs - old_log_probs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    ratio = log_ratio.exp()
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+    value_error = (values - returns).square()
+    if args.clip_vloss:
+        clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.max(value_error, (clipped_values - returns).square())
+    value_loss = 0.5 * value_error.mean()
+
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    loss = policy_loss + args.vf_coef * value_loss - ent_coef * entropy
+    with torch.no_grad():
+        metrics = {
+            "loss": loss.detach(),
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            "kl": categorical_kl(old_log_probs, log_probs).mean(),
+            "approx_kl": (ratio - 1 - log_ratio).mean(),  # CleanRL's: http://joschu.net/blog/kl-approx.html
+            "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        }
+    return loss, metrics
+
+
+def categorical_kl(old_log_probs: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(pi_old || pi), exact, from log-probabilities (..., A)."""
+    return (old_log_probs.exp() * (old_log_probs - log_probs)).sum(-1)
+
+
+def update(
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    ent_coef: float,
+    args: Args,
+) -> tuple[dict[str, float], float]:
+    """Phase 2: K epochs of minibatches drawn uniformly without replacement. Returns mean metrics and the next c2.
+
+    A loss or gradient that is not finite leaves the parameters as they were from there on: a fused Adam skips its step
+    while `found_inf` is 1, without a host sync, and the metric `finite` is below 1.
+    """
+    old_log_probs = rollout.logits.log_softmax(-1).flatten(0, 1)
+    actions, old_values = rollout.actions.flatten(), rollout.values[:-1].flatten()
+    advantages, returns = advantages.flatten(), returns.flatten()
+    params = list(agent.parameters())
+    optimizer.found_inf = torch.zeros((), device=actions.device)
+    history = []
+    trust_region = {}
+    for _ in range(args.update_epochs):
+        before = [p.detach().clone() for p in params] if args.target_kl is not None else []
+        for idx in torch.randperm(args.batch_size, device=actions.device).split(args.minibatch_size):
+            logits, values = agent(rollout.observations(idx))
+            loss, metrics = ppo_clip_loss(
+                logits,
+                values,
+                actions[idx],
+                old_log_probs[idx],
+                old_values[idx],
+                advantages[idx],
+                returns[idx],
+                ent_coef,
+                args,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+            finite = torch.isfinite(loss.detach() + grad_norm)
+            optimizer.found_inf = torch.maximum(optimizer.found_inf, 1.0 - finite.float())
+            optimizer.step()
+            history.append(torch.stack([*metrics.values(), grad_norm, 1 - optimizer.found_inf]))
+        if args.target_kl is not None:
+            trust_region = backtrack(agent, params, before, rollout, old_log_probs, args)
+            if trust_region["step_fraction"] < 1.0:
+                break
+    residual = returns - old_values
+    explained = 1 - residual.var() / returns.var()
+    means = torch.cat([torch.stack(history).mean(0), explained.unsqueeze(0)]).tolist()
+    metrics = dict(zip([*metrics, "grad_norm", "finite", "explained_variance"], means)) | trust_region
+    if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
+        ent_coef *= math.exp(ENT_COEF_RATE * (1 - metrics["entropy"] / args.target_entropy))
+        ent_coef = min(max(ent_coef, ENT_COEF_BOUNDS[0]), ENT_COEF_BOUNDS[1])
+    return metrics, ent_coef
+
+
+@torch.no_grad()
+def backtrack(
+    agent: Agent,
+    params: list[torch.Tensor],
+    before: list[torch.Tensor],
+    rollout: Rollout,
+    old_log_probs: torch.Tensor,
+    args: Args,
+) -> dict[str, float]:
+    """Halves the epoch's step from `before` until mean KL(pi_old || pi) <= target_kl (TRPO's line search, appendix C).
+
+    Returns the KL over the whole batch and the fraction of the step that was kept, 0 if ten halvings were not enough.
+    """
+    after = [p.clone() for p in params]
+    for fraction in [1.0, *(0.5**k for k in range(1, 11)), 0.0]:
+        for p, start, end in zip(params, before, after):
+            p.copy_(start.lerp(end, fraction))
+        kl = 0.0
+        for idx in torch.arange(args.batch_size, device=before.device).split(args.minibatch_size):
+            log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
+            kl += categorical_kl(old_log_probs[idx], log_probs).sum()
+        kl = float(kl) / args.batch_size
+        if kl <= args.target_kl:
+            break
+    return {"kl_after_update": kl, "step_fraction": fraction}
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> list[float]:
+    """Scores of `episodes` whole games in fresh environments, one each, with sampled actions."""
+    envs = make_envs(args, episodes)
+    obs, _ = envs.reset(seed=env_seeds(args.seed, 1, episodes))
+    generator = torch.Generator(device).manual_seed(args.seed)
+    returns, over = np.zeros(episodes), np.zeros(episodes, dtype=bool)
+    while not over.all():
+        logits, _ = agent(to_tensor(obs, device))
+        obs, reward, terminated, truncated, _ = step(envs, sample(logits, generator))
+        returns += reward * ~over
+        over |= terminated | truncated
+    envs.close()
+    return returns.tolist()
+
+
+@torch.no_grad()
+def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> None:
+    """Films one whole game with sampled actions."""
+    from moviepy import ImageSequenceClip  # slow to import
+
+    envs = make_envs(args, 1, render_mode="rgb_array")
+    obs, _ = envs.reset(seed=env_seeds(args.seed, 2, 1))
+    generator = torch.Generator(device).manual_seed(args.seed)
+    frames, over = [], False
+    while not over:
+        frames.append(envs.render()[0])
+        logits, _ = agent(to_tensor(obs, device))
+        obs, _, terminated, truncated, _ = step(envs, sample(logits, generator))
+        over = terminated[0] or truncated[0]
+    ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
+    envs.close()
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with one line that says what to change."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """All of the file or nothing, also when the machine dies; the file before is kept as `keep`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error.strerror}; make room and --resume {path.parent}", code=1)
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> None:
+    """Writes `state` (plain types only) with its sha256 as the last 32 bytes; keeps the checkpoint before."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+    write_file(run_dir / "checkpoint.pt", data, keep=run_dir / "checkpoint.prev.pt")
+
+
+def load_checkpoint(run_dir: Path) -> dict | None:
+    """The newest good checkpoint, None where none was written yet. Never runs code that a file may hold."""
+    (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
+    damaged = []
+    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"):
+        if not path.exists():
+            continue
+        data = path.read_bytes()
+        try:
+            if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+                raise ValueError("its sha256 does not hold")
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            damaged.append(path.name)
+            print(f"warning: {path} is damaged: {' '.join(str(error).split())[:80]}", file=sys.stderr)
+            continue
+        return state
+    if damaged:
+        fail(f"{run_dir} has no good checkpoint: {' and '.join(damaged)} damaged; start a new run")
+    return None
+
+
+def get_random_states() -> dict:
+    """State of every global random number generator, in plain types."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_random_states(state: dict) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def open_run(args: Args) -> Path:
+    """Creates the run folder with arguments, versions and this very source in it, or finds the one to resume."""
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
+    source = Path(__file__).read_bytes()
+    snapshot = run_dir / Path(__file__).name
+    git = shutil.which("git")
+    commit = git and subprocess.run(
+        [git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    record = {
+        "script": Path(__file__).name,
+        "command": sys.argv,
+        "commit": commit or None,
+        "versions": versions(),
+        "args": dataclasses.asdict(args),
+    }
+    if args.resume and (not snapshot.exists() or snapshot.read_bytes() != source):
+        print(f"warning: {Path(__file__).name} is not the source that began this run", file=sys.stderr)
+    if not args.resume and ((run_dir / "args.json").exists() or (run_dir / "checkpoint.pt").exists()):
+        fail(f"--run-dir {run_dir} already holds a run: go on with --resume {run_dir} or choose another folder")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            snapshot.write_bytes(source)
+        write_file(run_dir / "args.json", (json.dumps(record, indent=2) + "\n").encode())
+    except OSError as error:
+        fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
+    return run_dir
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    packages = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "ale-py", "numpy")}
+    return {"python": platform.python_version()} | packages
+
+
+def start_wandb(args: Args, run_dir: Path) -> None:
+    """Mirrors TensorBoard to Weights & Biases under --track."""
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=run_dir.name,
+            config=dataclasses.asdict(args),
+            sync_tensorboard=True,
+        )
+
+
+def cli(default: Args) -> Args:
+    """tyro's command line, with an error as one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(Args, description=__doc__, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
+        rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+        fail(f"{' '.join(lines[:rule])} (see --help)")
+
+
+def parse_args() -> Args:
+    """The command line, checked; beside --resume, the run's own arguments."""
+    args = cli(Args())
+    if args.resume:
+        try:
+            saved = Args(**json.loads((Path(args.resume) / "args.json").read_text())["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"--resume {args.resume} holds no run of this script: {error}")
+        saved = dataclasses.replace(saved, resume=args.resume, run_dir=None)
+        args = cli(saved)
+        for field in dataclasses.fields(Args):
+            old, new = getattr(saved, field.name), getattr(args, field.name)
+            if old != new and field.name != "cuda" and not (field.name == "total_timesteps" and new > old):
+                fail(f"--{field.name.replace('_', '-')} {new} contradicts the run's {old}: leave it out or start anew")
+    check(args)
+    return args
+
+
+def check(args: Args) -> None:
+    """Ends with one line where an argument cannot work."""
+    inf = math.inf
+    rules = [
+        (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
+        (args.checkpoint_interval >= 1, "--checkpoint-interval must be at least 1"),
+        (args.eval_episodes >= 0, "--eval-episodes must be 0 or more"),
+        (args.num_envs >= 1, "--num-envs must be at least 1"),
+        (args.num_steps >= 1, "--num-steps must be at least 1"),
+        (args.batch_size <= 2**20, "--num-envs times --num-steps must be at most 2^20 transitions"),
+        (args.num_minibatches >= 1, "--num-minibatches must be at least 1"),
+        (
+            args.num_minibatches >= 1 and args.batch_size % args.num_minibatches == 0,
+            f"--num-minibatches {args.num_minibatches} must divide num_envs * num_steps = {args.batch_size}",
+        ),
+        (
+            args.num_minibatches >= 1 and args.minibatch_size >= 2,
+            "a minibatch needs at least 2 transitions: lower --num-minibatches or raise --num-envs or --num-steps",
+        ),
+        (
+            args.total_timesteps >= args.batch_size,
+            f"--total-timesteps must be at least one rollout, num_envs * num_steps = {args.batch_size}",
+        ),
+        (args.update_epochs >= 1, "--update-epochs must be at least 1"),
+        (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
+        (0 < args.gamma <= 1, "--gamma must be above 0 and at most 1"),
+        (0 <= args.gae_lambda <= 1, "--gae-lambda must be from 0 to 1"),
+        (0 < args.clip_coef < 1, "--clip-coef must be above 0 and below 1"),
+        (0 <= args.ent_coef < inf, "--ent-coef must be 0 or more and finite"),
+        (0 <= args.vf_coef < inf, "--vf-coef must be 0 or more and finite"),
+        (0 < args.max_grad_norm < inf, "--max-grad-norm must be above 0 and finite"),
+        (args.target_kl is None or 0 < args.target_kl < inf, "--target-kl must be above 0 and finite"),
+        (args.target_entropy is None or 0 < args.target_entropy < inf, "--target-entropy must be above 0 and finite"),
+        (
+            not args.track or importlib.util.find_spec("wandb"),
+            "--track needs Weights & Biases: pip install wandb",
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            fail(message)
+
+
+class Report:
+    """What a run tells while it trains: TensorBoard (CleanRL's tags), a progress bar, or lines where no terminal is."""
+
+    def __init__(self, args: Args, run_dir: Path, global_step: int, timed: list):
+        self.total = args.num_iterations * args.batch_size
+        self.timed = timed  # [steps, seconds] that SPS counts
+        self.skip = 2  # iterations that warm up, not counted
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+        self.terminal = sys.stdout.isatty()
+        self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=not self.terminal)
+        self.tick = self.last_line = time.time()
+
+    def iteration(self, global_step: int, charts: dict, losses: dict, episodes: Episodes) -> None:
+        """Writes one iteration's numbers; `episodes` gives the scores of those that ended in it."""
+        now = time.time()
+        self.skip -= 1
+        if self.skip < 0:
+            self.timed = [self.timed[0] + global_step - self.step, self.timed[1] + now - self.tick]
+            charts["SPS"] = self.timed[0] / self.timed[1]
+        self.tick, self.step = now, global_step
+        if episodes.ended:
+            charts["episodic_return"], charts["episodic_length"] = np.mean(episodes.ended, axis=0)
+            episodes.ended.clear()
+        if episodes.recent:
+            charts["episodic_return_100"] = np.mean(episodes.recent)
+        try:
+            for tag, value in charts.items():
+                self.writer.add_scalar(f"charts/{tag}", value, global_step)
+            for tag, value in losses.items():
+                self.writer.add_scalar(f"losses/{tag}", value, global_step)
+            self.writer.flush()
+        except OSError as error:
+            fail(f"cannot write the TensorBoard log in {self.writer.log_dir}: {error.strerror}", code=1)
+
+        score = f"{charts.get('episodic_return_100', math.nan):.1f}"
+        self.bar.set_postfix({"return": score}, refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        if not self.terminal and (now - self.last_line > 10 or global_step == self.total):
+            self.last_line, sps = now, charts.get("SPS", math.nan)
+            eta = (self.total - global_step) / sps
+            print(f"step {global_step}/{self.total}  {sps:.0f} steps/s  return {score}  ETA {eta:.0f} s", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+
+
+def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, seconds: float, report: Report) -> None:
+    """Evaluates, writes result.json and films a game."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to lose
+        signal.signal(number, lambda n, _: os._exit(128 + n))
+    started = time.time()
+    scores = evaluate(agent, args, args.eval_episodes, device) if args.eval_episodes else []
+    result = {
+        "eval_return_mean": float(np.mean(scores)) if scores else None,
+        "eval_return_std": float(np.std(scores)) if scores else None,
+        "eval_episodes": len(scores),
+        "global_step": args.num_iterations * args.batch_size,
+        "wall_seconds": seconds + time.time() - started,
+        "sps": report.timed[0] / report.timed[1] if report.timed[0] else None,
+        "seed": args.seed,
+        "env_id": args.env_id,
+    }
+    write_file(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    if scores:
+        print(f"evaluation: mean return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {len(scores)} episodes")
+    if args.capture_video:
+        record_video(agent, args, run_dir / "video.mp4", device)
+        print(f"video: {run_dir / 'video.mp4'}")
+
+
+def train(args: Args) -> None:
+    """Algorithm 1 of Schulman et al. 2017: play, estimate advantages, climb L for K epochs, and again."""
+    started = time.time()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    torch.set_num_threads(1)  # the network is too small to share between cores
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    envs = make_envs(args, args.num_envs)
+    agent = Agent(envs).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout = Rollout(args, envs, device)
+    episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs))
+    ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
+    done, seconds, timed = 0, 0.0, [0, 0.0]  # iterations and wall time of earlier starts, [steps, seconds] of the SPS
+
+    run_dir = open_run(args)
+    if args.resume and (state := load_checkpoint(run_dir)):
+        try:
+            agent.load_state_dict(state["agent"])
+            optimizer.load_state_dict(state["optimizer"])
+            episodes.load_state_dict(state["episodes"])
+            set_random_states(state["random"])
+            done, seconds, timed, ent_coef = (state[k] for k in ("iteration", "seconds", "timed", "ent_coef"))
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            fail(f"the checkpoint in {run_dir} is not of this script and environment: {error}")
+    print(
+        f"{args.env_id} on {device}, {run_dir}" + (f", from step {done * args.batch_size}" if done else ""), flush=True
+    )
+    start_wandb(args, run_dir)
+    report = Report(args, run_dir, done * args.batch_size, timed)
+    stop_signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second one does not wait for the iteration's end
+        signal.signal(number, lambda n, _: os._exit(128 + n) if stop_signals else stop_signals.append(n))
+
+    for iteration in range(done + 1, args.num_iterations + 1):
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+        charts = {"learning_rate": optimizer.param_groups[0]["lr"], "ent_coef": ent_coef}
+
+        collect(agent, episodes, rollout, args)
+        advantages, returns = compute_gae(
+            rollout.rewards,
+            rollout.values,
+            rollout.final_values,
+            rollout.terminated,
+            rollout.truncated,
+            args.gamma,
+            args.gae_lambda,
+        )
+        losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args)
+        if losses["finite"] < 1:
+            names = ", ".join(tag for tag, value in losses.items() if not math.isfinite(value)) or "the gradient"
+            fail(
+                f"iteration {iteration}: not finite: {names}. Lower --learning-rate, or look for rewards and "
+                f"observations that are not finite; {run_dir} keeps its last good checkpoint",
+                code=1,
+            )
+        if args.norm_obs and not agent.one_hot:  # not within an iteration, where pi_old and pi must see alike
+            agent.obs_stats.update(rollout.obs.flatten(0, 1).flatten(1))
+
+        global_step = iteration * args.batch_size
+        report.iteration(global_step, charts, losses, episodes)
+        if iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations or stop_signals:
+            state = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "episodes": episodes.state_dict(),
+                "random": get_random_states(),
+                "iteration": iteration,
+                "global_step": global_step,
+                "seconds": seconds + time.time() - started,
+                "timed": report.timed,
+                "ent_coef": ent_coef,
+                "args": dataclasses.asdict(args),
+                "versions": versions(),
+            }
+            save_checkpoint(run_dir, state)
+        if stop_signals:
+            report.close()
+            print(f"stopped at step {global_step}: go on with --resume {run_dir}")
+            raise SystemExit(128 + stop_signals[0])
+    report.close()
+    envs.close()
+    finish(agent, args, run_dir, device, seconds + time.time() - started, report)
+
+
+if __name__ == "__main__":
+    train(parse_args())
