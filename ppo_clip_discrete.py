@@ -637,10 +637,8 @@ def open_run(args: Args) -> Path:
     run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
     source = Path(__file__).read_bytes()
     snapshot = run_dir / Path(__file__).name
-    git = shutil.which("git")
-    commit = git and subprocess.run(
-        [git, "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     record = {
         "script": Path(__file__).name,
         "command": sys.argv,

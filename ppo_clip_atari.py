@@ -1,0 +1,874 @@
+"""PPO-Clip for the Arcade Learning Environment from pixels, in one file.
+
+Proximal Policy Optimization (Schulman et al. 2017, arXiv:1707.06347) plays N environments for T steps with pi_old,
+then climbs the clipped surrogate for K epochs of minibatches:
+
+    L = L^CLIP - c1 L^VF + c2 S,    L^CLIP = E[min(r A, clip(r, 1 - eps, 1 + eps) A)],    r = pi(a|s) / pi_old(a|s)
+    L^VF = 1/2 E[(V(s) - V^targ)^2],    S = entropy of pi(.|s),    A = GAE(gamma, lambda)
+
+    python ppo_clip_atari.py --env-id ALE/Pong-v5
+    python ppo_clip_atari.py --env-id BreakoutNoFrameskip-v4      # the paper's protocol: no sticky actions
+    python ppo_clip_atari.py --resume runs/<run>                  # goes on where a run stopped
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.vector import AutoresetMode, VectorEnv
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+ENT_COEF_BOUNDS = (1e-5, 0.05)  # --target-entropy keeps c2 in these
+ENT_COEF_RATE = 0.5  # and moves log c2 by this much an iteration, times the share of the entropy that is missing
+
+
+@dataclass(frozen=True)
+class Args:
+    # The run
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, a part of the run folder's name"""
+    seed: int = 1
+    """seed of everything random: network, actions, minibatches, environments"""
+    torch_deterministic: bool = True
+    """choose cuDNN's deterministic kernels"""
+    cuda: bool = True
+    """train on the GPU when there is one"""
+    track: bool = False
+    """also log to Weights & Biases (needs `pip install wandb`)"""
+    wandb_project_name: str = "ppo_clip"
+    """Weights & Biases project"""
+    wandb_entity: str | None = None
+    """Weights & Biases team"""
+    capture_video: bool = False
+    """after training, film one game to video.mp4 in the run folder"""
+    run_dir: str | None = None
+    """folder of the run (default: runs/<env>__<exp_name>__<seed>__<time>)"""
+    resume: str | None = None
+    """run folder to go on with, from its newest good checkpoint and with its arguments"""
+    checkpoint_interval: int = 50
+    """iterations between two checkpoints; there is always one at the end"""
+    eval_episodes: int = 10
+    """whole games played after training, with sampled actions; 0 for none"""
+
+    # The environment
+    env_id: str = "ALE/Breakout-v5"
+    """ALE/<Game>-v5, or <Game>NoFrameskip-v4 for the same game without sticky actions"""
+    repeat_action_probability: float | None = None
+    """chance that the emulator repeats the last action (default: what the id says, 0.25 for v5 and 0 for v4)"""
+    episodic_life: bool = True
+    """a lost life ends the bootstrap (never the game, nor its score)"""
+    num_envs: int = 8
+    """N, environments that are played side by side"""
+    num_steps: int = 128
+    """T, steps in each environment an iteration"""
+    total_timesteps: int = 10_000_000
+    """environment steps of the whole run, over all environments; a step is 4 frames"""
+
+    # Learning
+    learning_rate: float = 2.5e-4
+    """Adam's step size"""
+    anneal_lr: bool = True
+    """let the learning rate fall linearly to zero over the run"""
+    gamma: float = 0.99
+    """discount factor"""
+    gae_lambda: float = 0.95
+    """lambda of generalised advantage estimation"""
+    num_minibatches: int = 4
+    """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
+    update_epochs: int = 4
+    """K, passes over the rollout an iteration"""
+    norm_adv: bool = True
+    """normalise the advantages in each minibatch"""
+    clip_coef: float = 0.1
+    """epsilon, the clipping range of the ratio"""
+    clip_vloss: bool = True
+    """clip the value's step too, as OpenAI's baselines do"""
+    ent_coef: float = 0.01
+    """c2, weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """c1, weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """longest gradient (global norm) that is not scaled down"""
+    target_kl: float | None = None
+    """trust region: no update leaves mean KL(pi_old || pi) above this"""
+    target_entropy: float | None = None
+    """adapt c2 so that the policy's mean entropy (nats) holds near this"""
+
+    @property
+    def stickiness(self) -> float:
+        by_id = 0.0 if self.env_id.endswith("NoFrameskip-v4") else 0.25
+        return by_id if self.repeat_action_probability is None else self.repeat_action_probability
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights of gain `std` and zero biases (Engstrom et al. 2020, arXiv:2005.12729, section 3)."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """Shared encoder f_theta (Mnih et al. 2015, "Nature CNN") with a policy head W_pi and a value head W_v.
+
+    `forward(obs)`: obs (B, 4, 84, 84) uint8, the last four frames, oldest first -> logits (B, A), value (B,).
+    The value is in units of the clipped reward.
+    """
+
+    def __init__(self, envs: VectorEnv):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            nn.ReLU(),
+            layer_init(nn.Conv2d(64, 64, 3, stride=1)),
+            nn.ReLU(),
+            nn.Flatten(),
+            layer_init(nn.Linear(64 * 7 * 7, 512)),
+            nn.ReLU(),
+        )
+        self.policy_head = layer_init(nn.Linear(512, int(envs.single_action_space.n)), std=0.01)
+        self.value_head = layer_init(nn.Linear(512, 1), std=1.0)
+
+    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        features = self.encoder(obs.float() / 255.0)
+        return self.policy_head(features), self.value_head(features).squeeze(-1)
+
+
+def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv:
+    """`num_envs` emulators of one game: 4 frames a step, max of the last two, up to 30 no-ops at a game's start.
+
+    A game's end resets within the step (SAME_STEP). `colour` gives the same games as (4, 210, 160, 3) RGB frames.
+    """
+    gym.register_envs(ale_py)
+    env_id = args.env_id
+    if env_id.endswith("NoFrameskip-v4"):
+        env_id = f"ALE/{env_id.removesuffix('NoFrameskip-v4')}-v5"
+    try:
+        spec = gym.spec(env_id)
+    except Exception as error:
+        fail(f"--env-id {args.env_id} is not known: {error}")
+    if spec.vector_entry_point != "ale_py.vector_env:AtariVectorEnv":
+        fail(f"--env-id {args.env_id} is not an Atari game (ALE/<Game>-v5): train it with ppo_clip_discrete.py")
+    look = {"grayscale": False, "img_height": 210, "img_width": 160} if colour else {}
+    return gym.make_vec(
+        env_id,
+        num_envs=num_envs,
+        autoreset_mode=AutoresetMode.SAME_STEP,
+        repeat_action_probability=args.stickiness,
+        life_loss_info=args.episodic_life,
+        reward_clipping=False,  # scores are whole; collect clips
+        **look,
+    )
+
+
+def env_seeds(seed: int, stream: int, count: int) -> np.ndarray:
+    """`count` seeds of one stream (0 training, 1 evaluation, …) that no other seed or stream shares."""
+    return np.random.SeedSequence([seed, stream]).generate_state(count).astype(np.int64) >> 1
+
+
+def to_tensor(obs: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Frames (N, 4, 84, 84) uint8 as the network takes them."""
+    return torch.from_numpy(obs).to(device)
+
+
+class Rollout:
+    """Buffer of one iteration on the training device: row t holds what pi_old saw and did at step t.
+
+    A transition keeps one frame, not four: `observations` rebuilds the stack.
+    """
+
+    def __init__(self, args: Args, envs: VectorEnv, device: torch.device):
+        T, N, A = args.num_steps, args.num_envs, int(envs.single_action_space.n)
+        # (T+4, N, 84, 84): 3 frames from before the rollout, then step t's newest frame in row t+3, then black ones
+        self.frames = torch.zeros(
+            (T + 4, N, *envs.single_observation_space.shape[1:]), dtype=torch.uint8, device=device
+        )
+        self.history = torch.zeros((T, N), dtype=torch.int64, device=device)  # (T, N) earlier frames of the same game
+        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)  # (T, N)
+        self.logits = torch.zeros((T, N, A), device=device)  # (T, N, A) of pi_old
+        self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old, the last row where the rollout stops
+        self.final_values = torch.zeros((T, N), device=device)  # (T, N) V_old(final observation) where truncated
+        self.rewards = torch.zeros((T, N), device=device)  # (T, N) clipped to [-1, 1]
+        self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N) game over or a life lost
+        self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
+
+    def observations(self, idx: torch.Tensor) -> torch.Tensor:
+        """Stacks (B, 4, 84, 84) of the transitions `idx` (B,), counted t * N + n; black before a game's start."""
+        num_envs = self.frames.shape[1]
+        age = torch.arange(3, -1, -1, device=idx.device)  # of the stack's frames, oldest first
+        row = idx.unsqueeze(1) // num_envs + 3 - age
+        row = torch.where(age <= self.history.flatten()[idx].unsqueeze(1), row, len(self.frames) - 1)
+        frame = row * num_envs + idx.unsqueeze(1) % num_envs  # (B, 4)
+        return self.frames.flatten(0, 1).index_select(0, frame.flatten()).unflatten(0, frame.shape)
+
+
+class Episodes:
+    """The N games in progress, where they stand and what they scored, and the scores of the last 100 that ended."""
+
+    def __init__(self, envs: AtariVectorEnv, seeds: np.ndarray):
+        self.envs = envs
+        self.obs, info = envs.reset(seed=seeds)  # (N, 4, 84, 84)
+        self.frame_number = info["episode_frame_number"]  # (N,) falls when a game is over
+        self.returns = np.zeros(envs.num_envs)  # score so far
+        self.lengths = np.zeros(envs.num_envs, dtype=np.int64)  # steps so far
+        self.recent: deque[float] = deque(maxlen=100)
+        self.ended: list[tuple[float, int]] = []  # (return, length) of games that ended in this iteration
+
+    def add(self, rewards: np.ndarray, over: np.ndarray) -> None:
+        """Counts one step of each environment, raw `rewards` (N,) and whether the episode is `over` (N,)."""
+        self.returns += rewards
+        self.lengths += 1
+        for n in np.flatnonzero(over):
+            self.ended.append((float(self.returns[n]), int(self.lengths[n])))
+            self.recent.append(float(self.returns[n]))
+        self.returns[over] = 0.0
+        self.lengths[over] = 0
+
+    def state_dict(self) -> dict:
+        """The emulators have no state to save: a resumed run starts new games and never counts the ones cut off."""
+        return {"recent": list(self.recent)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.recent.extend(state["recent"])
+
+
+@torch.no_grad()
+def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args) -> None:
+    """Phase 1: pi_old plays T steps in N environments and fills `rollout`."""
+    device = rollout.values.device
+    T, N = rollout.actions.shape
+    rewards = np.zeros((T, N), dtype=np.float32)
+    terminated, truncated = np.zeros((2, T, N), dtype=bool)
+    history = np.full((T, N), 3)  # the frames before the rollout are black where no game was yet
+    final_obs = []  # of the truncated games, in the order of np.nonzero(cut)
+    obs = to_tensor(episodes.obs, device)
+    rollout.frames[:3] = obs[:, :3].transpose(0, 1)
+    for t in range(T):
+        rollout.frames[t + 3] = obs[:, 3]
+        rollout.logits[t], rollout.values[t] = agent(obs)
+        rollout.actions[t] = sample(rollout.logits[t])
+        episodes.obs, reward, terminated[t], truncated[t], info = step(episodes.envs, rollout.actions[t])
+        over = info["episode_frame_number"] < episodes.frame_number
+        episodes.frame_number = info["episode_frame_number"]
+        rewards[t] = reward.clip(-1, 1)
+        episodes.add(reward, over)
+        if t + 1 < T:
+            history[t + 1] = np.where(over, 0, np.minimum(history[t] + 1, 3))
+        final_obs.extend(info["final_obs"][n] for n in np.flatnonzero(truncated[t] & ~terminated[t]))
+        obs = to_tensor(episodes.obs, device)
+    rollout.values[T] = agent(obs)[1]
+    if final_obs:
+        cut = np.nonzero(truncated & ~terminated)
+        rollout.final_values[cut] = agent(to_tensor(np.stack(final_obs), device))[1]
+    rollout.history.copy_(torch.from_numpy(history))
+    rollout.rewards.copy_(torch.from_numpy(rewards))
+    rollout.terminated.copy_(torch.from_numpy(terminated))
+    rollout.truncated.copy_(torch.from_numpy(truncated))
+
+
+def sample(logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Actions (B,) drawn from softmax(logits), logits (B, A)."""
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+
+
+def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
+    """`envs.step` with actions (N,) from any device; an environment that dies ends the run with its own message."""
+    try:
+        return envs.step(actions.cpu().numpy())
+    except Exception as error:
+        fail(f"the environment died: {type(error).__name__}: {error}; the last checkpoint is intact", code=1)
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    final_values: torch.Tensor,
+    terminated: torch.Tensor,
+    truncated: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16).
+
+    All (T, N) but `values` (T+1, N); `final_values` counts only where truncated. Returns advantages and
+    V^targ = A + V_old, both (T, N). A termination cuts the bootstrap; a truncation bootstraps the final observation's
+    value; both cut the lambda-sum (Pardo et al. 2018, arXiv:1712.00378).
+    """
+    next_values = torch.where(truncated, final_values, values[1:]) * ~terminated
+    deltas = rewards + gamma * next_values - values[:-1]
+    decays = gamma * gae_lambda * ~(terminated | truncated)
+    advantages = torch.empty_like(deltas)
+    advantage = torch.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        advantages[t] = advantage = deltas[t] + decays[t] * advantage
+    return advantages, advantages + values[:-1]
+
+
+def ppo_clip_loss(
+    logits: torch.Tensor,
+    values: torch.Tensor,
+    actions: torch.Tensor,
+    old_log_probs: torch.Tensor,
+    old_values: torch.Tensor,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    ent_coef: float,
+    args: Args,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """-L of PPO-Clip (Schulman et al. 2017, equations 7 and 9), to be minimised, and its metrics.
+
+    `logits` and `old_log_probs` (B, A) with gradient only in the first, all else (B,). Entropy and KL(pi_old || pi) are
+    exact sums over the actions.
+    """
+    log_probs = logits.log_softmax(-1)
+    log_ratio = (log_probs - old_log_probs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+    ratio = log_ratio.exp()
+    if args.norm_adv:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+    policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
+
+    value_error = (values - returns).square()
+    if args.clip_vloss:
+        clipped_values = old_values + (values - old_values).clamp(-args.clip_coef, args.clip_coef)
+        value_error = torch.max(value_error, (clipped_values - returns).square())
+    value_loss = 0.5 * value_error.mean()
+
+    entropy = -(log_probs.exp() * log_probs).sum(-1).mean()
+    loss = policy_loss + args.vf_coef * value_loss - ent_coef * entropy
+    with torch.no_grad():
+        metrics = {
+            "loss": loss.detach(),
+            "policy_loss": policy_loss.detach(),
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            "kl": categorical_kl(old_log_probs, log_probs).mean(),
+            "approx_kl": (ratio - 1 - log_ratio).mean(),  # CleanRL's: http://joschu.net/blog/kl-approx.html
+            "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        }
+    return loss, metrics
+
+
+def categorical_kl(old_log_probs: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+    """KL(pi_old || pi), exact, from log-probabilities (..., A)."""
+    return (old_log_probs.exp() * (old_log_probs - log_probs)).sum(-1)
+
+
+def update(
+    agent: Agent,
+    optimizer: torch.optim.Optimizer,
+    rollout: Rollout,
+    advantages: torch.Tensor,
+    returns: torch.Tensor,
+    ent_coef: float,
+    args: Args,
+) -> tuple[dict[str, float], float]:
+    """Phase 2: K epochs of minibatches drawn uniformly without replacement. Returns mean metrics and the next c2.
+
+    A loss or gradient that is not finite leaves the parameters as they were from there on: a fused Adam skips its step
+    while `found_inf` is 1, without a host sync, and the metric `finite` is below 1.
+    """
+    old_log_probs = rollout.logits.log_softmax(-1).flatten(0, 1)
+    actions, old_values = rollout.actions.flatten(), rollout.values[:-1].flatten()
+    advantages, returns = advantages.flatten(), returns.flatten()
+    params = list(agent.parameters())
+    optimizer.found_inf = torch.zeros((), device=actions.device)
+    history = []
+    trust_region = {}
+    for _ in range(args.update_epochs):
+        before = [p.detach().clone() for p in params] if args.target_kl is not None else []
+        for idx in torch.randperm(args.batch_size, device=actions.device).split(args.minibatch_size):
+            logits, values = agent(rollout.observations(idx))
+            loss, metrics = ppo_clip_loss(
+                logits,
+                values,
+                actions[idx],
+                old_log_probs[idx],
+                old_values[idx],
+                advantages[idx],
+                returns[idx],
+                ent_coef,
+                args,
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
+            finite = torch.isfinite(loss.detach() + grad_norm)
+            optimizer.found_inf = torch.maximum(optimizer.found_inf, 1.0 - finite.float())
+            optimizer.step()
+            history.append(torch.stack([*metrics.values(), grad_norm, 1 - optimizer.found_inf]))
+        if args.target_kl is not None:
+            trust_region = backtrack(agent, params, before, rollout, old_log_probs, args)
+            if trust_region["step_fraction"] < 1.0:
+                break
+    residual = returns - old_values
+    explained = 1 - residual.var() / returns.var()
+    means = torch.cat([torch.stack(history).mean(0), explained.unsqueeze(0)]).tolist()
+    metrics = dict(zip([*metrics, "grad_norm", "finite", "explained_variance"], means)) | trust_region
+    if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
+        ent_coef *= math.exp(ENT_COEF_RATE * (1 - metrics["entropy"] / args.target_entropy))
+        ent_coef = min(max(ent_coef, ENT_COEF_BOUNDS[0]), ENT_COEF_BOUNDS[1])
+    return metrics, ent_coef
+
+
+@torch.no_grad()
+def backtrack(
+    agent: Agent,
+    params: list[torch.Tensor],
+    before: list[torch.Tensor],
+    rollout: Rollout,
+    old_log_probs: torch.Tensor,
+    args: Args,
+) -> dict[str, float]:
+    """Halves the epoch's step from `before` until mean KL(pi_old || pi) <= target_kl (TRPO's line search, appendix C).
+
+    Returns the KL over the whole batch and the fraction of the step that was kept, 0 if ten halvings were not enough.
+    """
+    after = [p.clone() for p in params]
+    for fraction in [1.0, *(0.5**k for k in range(1, 11)), 0.0]:
+        for p, start, end in zip(params, before, after):
+            p.copy_(start.lerp(end, fraction))
+        kl = 0.0
+        for idx in torch.arange(args.batch_size, device=before.device).split(args.minibatch_size):
+            log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
+            kl += categorical_kl(old_log_probs[idx], log_probs).sum()
+        kl = float(kl) / args.batch_size
+        if kl <= args.target_kl:
+            break
+    return {"kl_after_update": kl, "step_fraction": fraction}
+
+
+@torch.no_grad()
+def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> list[float]:
+    """Unclipped scores of `episodes` whole games in fresh emulators, one each, with sampled actions."""
+    envs = make_envs(args, episodes)
+    obs, info = envs.reset(seed=env_seeds(args.seed, 1, episodes))
+    generator = torch.Generator(device).manual_seed(args.seed)
+    returns, over = np.zeros(episodes), np.zeros(episodes, dtype=bool)
+    while not over.all():
+        frame_number = info["episode_frame_number"]
+        logits, _ = agent(to_tensor(obs, device))
+        obs, reward, _, _, info = step(envs, sample(logits, generator))
+        returns += reward * ~over
+        over |= info["episode_frame_number"] < frame_number
+    envs.close()
+    return returns.tolist()
+
+
+@torch.no_grad()
+def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> None:
+    """Films one whole game with sampled actions: a second emulator of the same seed shows it in colour."""
+    from moviepy import ImageSequenceClip  # slow to import
+
+    envs, colour = make_envs(args, 1), make_envs(args, 1, colour=True)
+    obs, info = envs.reset(seed=env_seeds(args.seed, 2, 1))
+    picture, _ = colour.reset(seed=env_seeds(args.seed, 2, 1))
+    generator = torch.Generator(device).manual_seed(args.seed)
+    frames, over = [], False
+    while not over:
+        frames.append(picture[0, -1].repeat(3, axis=0).repeat(3, axis=1))  # 630 x 480
+        frame_number = info["episode_frame_number"]
+        logits, _ = agent(to_tensor(obs, device))
+        actions = sample(logits, generator)
+        obs, _, _, _, info = step(envs, actions)
+        picture = step(colour, actions)[0]
+        over = info["episode_frame_number"][0] < frame_number[0]
+    ImageSequenceClip(frames, fps=15).write_videofile(str(path), logger=None)
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Ends the program with one line that says what to change."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
+    """All of the file or nothing, also when the machine dies; the file before is kept as `keep`."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        fail(f"cannot write {path}: {error.strerror}; make room and --resume {path.parent}", code=1)
+
+
+def save_checkpoint(run_dir: Path, state: dict) -> None:
+    """Writes `state` (plain types only) with its sha256 as the last 32 bytes; keeps the checkpoint before."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    data = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+    write_file(run_dir / "checkpoint.pt", data, keep=run_dir / "checkpoint.prev.pt")
+
+
+def load_checkpoint(run_dir: Path) -> dict | None:
+    """The newest good checkpoint, None where none was written yet. Never runs code that a file may hold."""
+    (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
+    damaged = []
+    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"):
+        if not path.exists():
+            continue
+        data = path.read_bytes()
+        try:
+            if hashlib.sha256(data[:-32]).digest() != data[-32:]:
+                raise ValueError("its sha256 does not hold")
+            state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except Exception as error:
+            damaged.append(path.name)
+            print(f"warning: {path} is damaged: {' '.join(str(error).split())[:80]}", file=sys.stderr)
+            continue
+        return state
+    if damaged:
+        fail(f"{run_dir} has no good checkpoint: {' and '.join(damaged)} damaged; start a new run")
+    return None
+
+
+def get_random_states() -> dict:
+    """State of every global random number generator, in plain types."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def set_random_states(state: dict) -> None:
+    random.setstate(state["python"])
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def open_run(args: Args) -> Path:
+    """Creates the run folder with arguments, versions and this very source in it, or finds the one to resume."""
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
+    source = Path(__file__).read_bytes()
+    snapshot = run_dir / Path(__file__).name
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    record = {
+        "script": Path(__file__).name,
+        "command": sys.argv,
+        "commit": commit or None,
+        "versions": versions(),
+        "args": dataclasses.asdict(args),
+    }
+    if args.resume and (not snapshot.exists() or snapshot.read_bytes() != source):
+        print(f"warning: {Path(__file__).name} is not the source that began this run", file=sys.stderr)
+    if not args.resume and ((run_dir / "args.json").exists() or (run_dir / "checkpoint.pt").exists()):
+        fail(f"--run-dir {run_dir} already holds a run: go on with --resume {run_dir} or choose another folder")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            snapshot.write_bytes(source)
+        write_file(run_dir / "args.json", (json.dumps(record, indent=2) + "\n").encode())
+    except OSError as error:
+        fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
+    return run_dir
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a run's numbers depend on."""
+    packages = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "ale-py", "numpy")}
+    return {"python": platform.python_version()} | packages
+
+
+def start_wandb(args: Args, run_dir: Path) -> None:
+    """Mirrors TensorBoard to Weights & Biases under --track."""
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=run_dir.name,
+            config=dataclasses.asdict(args),
+            sync_tensorboard=True,
+        )
+
+
+def cli(default: Args) -> Args:
+    """tyro's command line, with an error as one line."""
+    errors = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(Args, description=__doc__, default=default)
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
+        rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
+        fail(f"{' '.join(lines[:rule])} (see --help)")
+
+
+def parse_args() -> Args:
+    """The command line, checked; beside --resume, the run's own arguments."""
+    args = cli(Args())
+    if args.resume:
+        try:
+            saved = Args(**json.loads((Path(args.resume) / "args.json").read_text())["args"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            fail(f"--resume {args.resume} holds no run of this script: {error}")
+        saved = dataclasses.replace(saved, resume=args.resume, run_dir=None)
+        args = cli(saved)
+        for field in dataclasses.fields(Args):
+            old, new = getattr(saved, field.name), getattr(args, field.name)
+            if old != new and field.name != "cuda" and not (field.name == "total_timesteps" and new > old):
+                fail(f"--{field.name.replace('_', '-')} {new} contradicts the run's {old}: leave it out or start anew")
+    check(args)
+    return args
+
+
+def check(args: Args) -> None:
+    """Ends with one line where an argument cannot work."""
+    inf = math.inf
+    rules = [
+        (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
+        (args.checkpoint_interval >= 1, "--checkpoint-interval must be at least 1"),
+        (args.eval_episodes >= 0, "--eval-episodes must be 0 or more"),
+        (args.num_envs >= 1, "--num-envs must be at least 1"),
+        (args.num_steps >= 1, "--num-steps must be at least 1"),
+        (args.batch_size <= 2**20, "--num-envs times --num-steps must be at most 2^20 transitions"),
+        (args.num_minibatches >= 1, "--num-minibatches must be at least 1"),
+        (
+            args.num_minibatches >= 1 and args.batch_size % args.num_minibatches == 0,
+            f"--num-minibatches {args.num_minibatches} must divide num_envs * num_steps = {args.batch_size}",
+        ),
+        (
+            args.num_minibatches >= 1 and args.minibatch_size >= 2,
+            "a minibatch needs at least 2 transitions: lower --num-minibatches or raise --num-envs or --num-steps",
+        ),
+        (
+            args.total_timesteps >= args.batch_size,
+            f"--total-timesteps must be at least one rollout, num_envs * num_steps = {args.batch_size}",
+        ),
+        (args.update_epochs >= 1, "--update-epochs must be at least 1"),
+        (0 <= args.stickiness <= 1, "--repeat-action-probability must be from 0 to 1"),
+        (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
+        (0 < args.gamma <= 1, "--gamma must be above 0 and at most 1"),
+        (0 <= args.gae_lambda <= 1, "--gae-lambda must be from 0 to 1"),
+        (0 < args.clip_coef < 1, "--clip-coef must be above 0 and below 1"),
+        (0 <= args.ent_coef < inf, "--ent-coef must be 0 or more and finite"),
+        (0 <= args.vf_coef < inf, "--vf-coef must be 0 or more and finite"),
+        (0 < args.max_grad_norm < inf, "--max-grad-norm must be above 0 and finite"),
+        (args.target_kl is None or 0 < args.target_kl < inf, "--target-kl must be above 0 and finite"),
+        (args.target_entropy is None or 0 < args.target_entropy < inf, "--target-entropy must be above 0 and finite"),
+        (
+            not args.track or importlib.util.find_spec("wandb"),
+            "--track needs Weights & Biases: pip install wandb",
+        ),
+    ]
+    for holds, message in rules:
+        if not holds:
+            fail(message)
+
+
+class Report:
+    """What a run tells while it trains: TensorBoard (CleanRL's tags), a progress bar, or lines where no terminal is."""
+
+    def __init__(self, args: Args, run_dir: Path, global_step: int, timed: list):
+        self.total = args.num_iterations * args.batch_size
+        self.timed = timed  # [steps, seconds] that SPS counts
+        self.skip = 2  # iterations that warm up, not counted
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+        self.terminal = sys.stdout.isatty()
+        self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=not self.terminal)
+        self.tick = self.last_line = time.time()
+
+    def iteration(self, global_step: int, charts: dict, losses: dict, episodes: Episodes) -> None:
+        """Writes one iteration's numbers; `episodes` gives the scores of those that ended in it."""
+        now = time.time()
+        self.skip -= 1
+        if self.skip < 0:
+            self.timed = [self.timed[0] + global_step - self.step, self.timed[1] + now - self.tick]
+            charts["SPS"] = self.timed[0] / self.timed[1]
+        self.tick, self.step = now, global_step
+        if episodes.ended:
+            charts["episodic_return"], charts["episodic_length"] = np.mean(episodes.ended, axis=0)
+            episodes.ended.clear()
+        if episodes.recent:
+            charts["episodic_return_100"] = np.mean(episodes.recent)
+        try:
+            for tag, value in charts.items():
+                self.writer.add_scalar(f"charts/{tag}", value, global_step)
+            for tag, value in losses.items():
+                self.writer.add_scalar(f"losses/{tag}", value, global_step)
+            self.writer.flush()
+        except OSError as error:
+            fail(f"cannot write the TensorBoard log in {self.writer.log_dir}: {error.strerror}", code=1)
+
+        score = f"{charts.get('episodic_return_100', math.nan):.1f}"
+        self.bar.set_postfix({"return": score}, refresh=False)
+        self.bar.update(global_step - self.bar.n)
+        if not self.terminal and (now - self.last_line > 10 or global_step == self.total):
+            self.last_line, sps = now, charts.get("SPS", math.nan)
+            eta = (self.total - global_step) / sps
+            print(f"step {global_step}/{self.total}  {sps:.0f} steps/s  return {score}  ETA {eta:.0f} s", flush=True)
+
+    def close(self) -> None:
+        self.bar.close()
+        self.writer.close()
+
+
+def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, seconds: float, report: Report) -> None:
+    """Evaluates, writes result.json and films a game."""
+    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to lose
+        signal.signal(number, lambda n, _: os._exit(128 + n))
+    started = time.time()
+    scores = evaluate(agent, args, args.eval_episodes, device) if args.eval_episodes else []
+    result = {
+        "eval_return_mean": float(np.mean(scores)) if scores else None,
+        "eval_return_std": float(np.std(scores)) if scores else None,
+        "eval_episodes": len(scores),
+        "global_step": args.num_iterations * args.batch_size,
+        "wall_seconds": seconds + time.time() - started,
+        "sps": report.timed[0] / report.timed[1] if report.timed[0] else None,
+        "seed": args.seed,
+        "env_id": args.env_id,
+    }
+    write_file(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    if scores:
+        print(f"evaluation: mean return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {len(scores)} episodes")
+    if args.capture_video:
+        record_video(agent, args, run_dir / "video.mp4", device)
+        print(f"video: {run_dir / 'video.mp4'}")
+
+
+def train(args: Args) -> None:
+    """Algorithm 1 of Schulman et al. 2017: play, estimate advantages, climb L for K epochs, and again."""
+    started = time.time()
+    random.seed(args.seed)
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    envs = make_envs(args, args.num_envs)
+    agent = Agent(envs).to(device)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    rollout = Rollout(args, envs, device)
+    episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs))
+    ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
+    done, seconds, timed = 0, 0.0, [0, 0.0]  # iterations and wall time of earlier starts, [steps, seconds] of the SPS
+
+    run_dir = open_run(args)
+    if args.resume and (state := load_checkpoint(run_dir)):
+        try:
+            agent.load_state_dict(state["agent"])
+            optimizer.load_state_dict(state["optimizer"])
+            episodes.load_state_dict(state["episodes"])
+            set_random_states(state["random"])
+            done, seconds, timed, ent_coef = (state[k] for k in ("iteration", "seconds", "timed", "ent_coef"))
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            fail(f"the checkpoint in {run_dir} is not of this script and environment: {error}")
+    print(
+        f"{args.env_id} on {device}, {run_dir}" + (f", from step {done * args.batch_size}" if done else ""), flush=True
+    )
+    start_wandb(args, run_dir)
+    report = Report(args, run_dir, done * args.batch_size, timed)
+    stop_signals: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):  # the second one does not wait for the iteration's end
+        signal.signal(number, lambda n, _: os._exit(128 + n) if stop_signals else stop_signals.append(n))
+
+    for iteration in range(done + 1, args.num_iterations + 1):
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
+        charts = {"learning_rate": optimizer.param_groups[0]["lr"], "ent_coef": ent_coef}
+
+        collect(agent, episodes, rollout, args)
+        advantages, returns = compute_gae(
+            rollout.rewards,
+            rollout.values,
+            rollout.final_values,
+            rollout.terminated,
+            rollout.truncated,
+            args.gamma,
+            args.gae_lambda,
+        )
+        losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args)
+        if losses["finite"] < 1:
+            names = ", ".join(tag for tag, value in losses.items() if not math.isfinite(value)) or "the gradient"
+            fail(
+                f"iteration {iteration}: not finite: {names}. Lower --learning-rate, or look for rewards and "
+                f"observations that are not finite; {run_dir} keeps its last good checkpoint",
+                code=1,
+            )
+        global_step = iteration * args.batch_size
+        report.iteration(global_step, charts, losses, episodes)
+        if iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations or stop_signals:
+            state = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "episodes": episodes.state_dict(),
+                "random": get_random_states(),
+                "iteration": iteration,
+                "global_step": global_step,
+                "seconds": seconds + time.time() - started,
+                "timed": report.timed,
+                "ent_coef": ent_coef,
+                "args": dataclasses.asdict(args),
+                "versions": versions(),
+            }
+            save_checkpoint(run_dir, state)
+        if stop_signals:
+            report.close()
+            print(f"stopped at step {global_step}: go on with --resume {run_dir}")
+            raise SystemExit(128 + stop_signals[0])
+    report.close()
+    envs.close()
+    finish(agent, args, run_dir, device, seconds + time.time() - started, report)
+
+
+if __name__ == "__main__":
+    train(parse_args())
