@@ -1,0 +1,202 @@
+"""The Atari trainer against the real emulators and against a scripted game."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import ale_py
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import load
+
+SCRIPT = Path(__file__).parent.parent / "ppo_clip_atari.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def atari():
+    return load(SCRIPT)
+
+
+def tiny(atari, **changes):
+    defaults = {
+        "env_id": "ALE/Breakout-v5",
+        "num_envs": 2,
+        "num_steps": 16,
+        "num_minibatches": 2,
+        "total_timesteps": 64,
+    }
+    return atari.Args(**(defaults | changes))
+
+
+class ScriptedGame:
+    """Stands where ale-py's vector environment stands: one game a row, told in advance.
+
+    Step k of `script` is (reward, terminated, truncated, game over), the same in every environment. A frame is filled
+    with its own number, 1 for a new game's first.
+    """
+
+    def __init__(self, script, num_envs=1):
+        self.script, self.num_envs, self.k = script, num_envs, 0
+        self.single_observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.single_action_space = gym.spaces.Discrete(3)
+
+    def new_game(self):
+        self.frame, self.stack = 1, np.zeros((4, 84, 84), np.uint8)
+        self.stack[3] = 1
+
+    def advance(self):
+        self.frame += 1
+        self.stack = np.concatenate([self.stack[1:], np.full((1, 84, 84), self.frame, np.uint8)])
+
+    def result(self):
+        info = {"episode_frame_number": np.full(self.num_envs, 4 * self.frame)}
+        return np.stack([self.stack] * self.num_envs), info
+
+    def reset(self, seed=None):
+        self.new_game()
+        return self.result()
+
+    def step(self, actions):
+        reward, terminated, truncated, over = self.script[self.k]
+        self.k += 1
+        self.advance()
+        final = self.result()[0]
+        if over:
+            self.new_game()
+        obs, info = self.result()
+        # as ale-py does: rows of final_obs are rubbish where no game was reset
+        info["final_obs"] = final if over else np.full_like(final, 99)
+        repeat = np.ones(self.num_envs)
+        return obs, (reward * repeat).astype(np.int32), terminated * repeat > 0, truncated * repeat > 0, info
+
+
+def play(atari, script):
+    args = tiny(atari, num_envs=1, num_steps=len(script), num_minibatches=1)
+    envs = ScriptedGame(script)
+    agent = atari.Agent(envs)
+    episodes, rollout = atari.Episodes(envs, [0]), atari.Rollout(args, envs, CPU)
+    atari.collect(agent, episodes, rollout, args)
+    return agent, episodes, rollout
+
+
+def test_life_loss_ends_the_bootstrap_and_not_the_game(atari):
+    step, life, over = (1, False, False, False), (0, True, False, False), (7, True, False, True)
+    _, episodes, rollout = play(atari, [step, life, step, over, step])
+    assert episodes.ended == [(9.0, 4)]  # 1 + 0 + 1 + 7 unclipped, over the lost life
+    assert episodes.returns.tolist() == [1.0]
+    assert rollout.rewards[:, 0].tolist() == [1, 0, 1, 1, 1]  # clipped for training
+    assert rollout.terminated[:, 0].tolist() == [False, True, False, True, False]
+    assert rollout.history[:, 0].tolist() == [3, 3, 3, 3, 0]  # a lost life leaves the stack alone
+
+
+def test_truncation_bootstraps_the_final_observation(atari):
+    step, cut = (1, False, False, False), (1, False, True, True)
+    agent, episodes, rollout = play(atari, [step, cut, step])
+    assert episodes.ended == [(2.0, 2)]
+    final = torch.zeros(1, 4, 84, 84, dtype=torch.uint8)
+    final[0] = torch.tensor([0, 1, 2, 3]).reshape(4, 1, 1)
+    with torch.no_grad():
+        v_final = agent(final)[1]
+    torch.testing.assert_close(rollout.final_values[1], v_final)
+    assert rollout.final_values[[0, 2]].abs().sum() == 0
+    # the frame after the cut is the new game's: no transition joins the two games
+    assert rollout.frames[5, 0, 0, 0] == 1
+    advantages, _ = atari.compute_gae(
+        rollout.rewards, rollout.values, rollout.final_values, rollout.terminated, rollout.truncated, 0.5, 0.5
+    )
+    torch.testing.assert_close(advantages[1], 1 + 0.5 * v_final - rollout.values[1])
+
+
+def test_stacks_are_the_environments_own(atari):
+    """Over game ends, lost lives and rollout borders, each rebuilt stack is what the emulator gave."""
+    args = tiny(atari, num_envs=3, num_steps=200, num_minibatches=1, episodic_life=True)
+    envs = atari.make_envs(args, 3)
+    agent, seen = atari.Agent(envs), []
+    agent.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
+    episodes, rollout = atari.Episodes(envs, atari.env_seeds(1, 0, 3)), atari.Rollout(args, envs, CPU)
+    games = 0
+    for _ in range(3):
+        seen.clear()
+        atari.collect(agent, episodes, rollout, args)
+        rebuilt = rollout.observations(torch.arange(600)).unflatten(0, (200, 3))
+        assert torch.equal(rebuilt, torch.stack(seen[:200]))
+        games += int((rollout.history == 0).sum())
+    assert games > 3
+
+
+def test_first_minibatch_ratio_is_one(atari):
+    args = tiny(atari)
+    envs = atari.make_envs(args, 2)
+    agent = atari.Agent(envs)
+    episodes, rollout = atari.Episodes(envs, atari.env_seeds(1, 0, 2)), atari.Rollout(args, envs, CPU)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
+    for _ in range(2):
+        atari.collect(agent, episodes, rollout, args)
+        idx = torch.randperm(args.batch_size)
+        with torch.no_grad():
+            log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
+        ratio = (log_probs - rollout.logits.log_softmax(-1).flatten(0, 1)[idx]).exp()
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)
+        ones = torch.randn(args.num_steps, args.num_envs)
+        atari.update(agent, optimizer, rollout, ones, ones, 0.01, args)
+
+
+def test_ids_name_the_protocol(atari):
+    assert tiny(atari).stickiness == 0.25
+    assert tiny(atari, env_id="PongNoFrameskip-v4").stickiness == 0.0
+    assert tiny(atari, repeat_action_probability=0.1).stickiness == 0.1
+    envs = atari.make_envs(tiny(atari, env_id="PongNoFrameskip-v4"), 2)
+    assert envs.single_observation_space.shape == (4, 84, 84)
+    assert envs.autoreset_mode == gym.vector.AutoresetMode.SAME_STEP
+
+
+def test_same_seed_same_parameters(atari, tmp_path):
+    def parameters(name, seed):
+        args = tiny(atari, num_envs=2, num_steps=16, total_timesteps=96, eval_episodes=0, seed=seed)
+        atari.train(dataclasses.replace(args, run_dir=str(tmp_path / name), cuda=False))
+        return torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"]
+
+    a, b, c = parameters("a", 1), parameters("b", 1), parameters("c", 2)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not all(torch.equal(a[k], c[k]) for k in a)
+
+
+def test_the_vector_trainers_environment_is_refused(tmp_path):
+    for env_id in ("CartPole-v1", "ALE/Brekout-v5", "BrekoutNoFrameskip-v4"):
+        command = [sys.executable, str(SCRIPT), "--env-id", env_id, "--run-dir", str(tmp_path / "run")]
+        run = subprocess.run(command, capture_output=True, text=True)
+        assert run.returncode == 2
+        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
+        assert not (tmp_path / "run").exists()
+
+
+def test_trains_evaluates_films_and_resumes(tmp_path):
+    run_dir = tmp_path / "run"
+    small = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--total-timesteps", "96"]
+    command = [sys.executable, str(SCRIPT), "--env-id", "ALE/Pong-v5", "--run-dir", str(run_dir), *small]
+    subprocess.run([*command, "--eval-episodes", "1", "--capture-video"], check=True, timeout=300)
+    result = json.loads((run_dir / "result.json").read_text())
+    assert -21 <= result["eval_return_mean"] <= 21 and result["global_step"] == 96
+    assert (run_dir / "video.mp4").stat().st_size > 10_000
+    assert (run_dir / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
+    more = [sys.executable, str(SCRIPT), "--resume", str(run_dir), "--total-timesteps", "128"]
+    subprocess.run(more, check=True, timeout=300)
+    assert json.loads((run_dir / "result.json").read_text())["global_step"] == 128
+
+
+def atari_ids():
+    gym.register_envs(ale_py)
+    return sorted(i for i in gym.registry if i.startswith("ALE/") and i.endswith("-v5"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("env_id", atari_ids())
+def test_every_game_runs_two_iterations(atari, tmp_path, env_id):
+    args = tiny(atari, env_id=env_id, eval_episodes=0, run_dir=str(tmp_path / "run"))
+    atari.train(args)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["global_step"] == 64
