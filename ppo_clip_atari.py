@@ -335,7 +335,7 @@ def compute_gae(
     """
     next_values = torch.where(truncated, final_values, values[1:]) * ~terminated
     deltas = rewards + gamma * next_values - values[:-1]
-    decays = gamma * gae_lambda * ~(terminated | truncated)
+    decays = gamma * gae_lambda * (~(terminated | truncated)).to(deltas.dtype)
     advantages = torch.empty_like(deltas)
     advantage = torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
@@ -468,7 +468,7 @@ def backtrack(
         for p, start, end in zip(params, before, after):
             p.copy_(start.lerp(end, fraction))
         kl = 0.0
-        for idx in torch.arange(args.batch_size, device=before.device).split(args.minibatch_size):
+        for idx in torch.arange(args.batch_size, device=old_log_probs.device).split(args.minibatch_size):
             log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
             kl += categorical_kl(old_log_probs[idx], log_probs).sum()
         kl = float(kl) / args.batch_size

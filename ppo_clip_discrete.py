@@ -243,9 +243,9 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> Vect
     return SyncVectorEnv([make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
-def env_seeds(seed: int, stream: int, count: int) -> list[int]:
+def env_seeds(seed: int, stream: int, count: int) -> np.ndarray:
     """`count` seeds of one stream (0 training, 1 evaluation, …) that no other seed or stream shares."""
-    return (np.random.SeedSequence([seed, stream]).generate_state(count) >> 1).tolist()
+    return np.random.SeedSequence([seed, stream]).generate_state(count).astype(np.int64) >> 1
 
 
 def to_tensor(obs: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -276,9 +276,9 @@ class Rollout:
 class Episodes:
     """The N episodes in progress, where they stand and what they scored, and the scores of the last 100 that ended."""
 
-    def __init__(self, envs: VectorEnv, seeds: list[int]):
+    def __init__(self, envs: VectorEnv, seeds: np.ndarray):
         self.envs = envs
-        self.obs = envs.reset(seed=seeds)[0].copy()  # (N, *shape)
+        self.obs = envs.reset(seed=seeds.tolist())[0].copy()  # (N, *shape)
         self.returns = np.zeros(envs.num_envs)  # score so far
         self.lengths = np.zeros(envs.num_envs, dtype=np.int64)  # steps so far
         self.discounted = np.zeros(envs.num_envs)  # discounted return so far, for the reward's scale
@@ -380,7 +380,7 @@ def compute_gae(
     """
     next_values = torch.where(truncated, final_values, values[1:]) * ~terminated
     deltas = rewards + gamma * next_values - values[:-1]
-    decays = gamma * gae_lambda * ~(terminated | truncated)
+    decays = gamma * gae_lambda * (~(terminated | truncated)).to(deltas.dtype)
     advantages = torch.empty_like(deltas)
     advantage = torch.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
@@ -513,7 +513,7 @@ def backtrack(
         for p, start, end in zip(params, before, after):
             p.copy_(start.lerp(end, fraction))
         kl = 0.0
-        for idx in torch.arange(args.batch_size, device=before.device).split(args.minibatch_size):
+        for idx in torch.arange(args.batch_size, device=old_log_probs.device).split(args.minibatch_size):
             log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
             kl += categorical_kl(old_log_probs[idx], log_probs).sum()
         kl = float(kl) / args.batch_size
@@ -526,7 +526,7 @@ def backtrack(
 def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> list[float]:
     """Scores of `episodes` whole games in fresh environments, one each, with sampled actions."""
     envs = make_envs(args, episodes)
-    obs, _ = envs.reset(seed=env_seeds(args.seed, 1, episodes))
+    obs, _ = envs.reset(seed=env_seeds(args.seed, 1, episodes).tolist())
     generator = torch.Generator(device).manual_seed(args.seed)
     returns, over = np.zeros(episodes), np.zeros(episodes, dtype=bool)
     while not over.all():
@@ -544,7 +544,7 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
     from moviepy import ImageSequenceClip  # slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
-    obs, _ = envs.reset(seed=env_seeds(args.seed, 2, 1))
+    obs, _ = envs.reset(seed=env_seeds(args.seed, 2, 1).tolist())
     generator = torch.Generator(device).manual_seed(args.seed)
     frames, over = [], False
     while not over:

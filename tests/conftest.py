@@ -1,0 +1,67 @@
+"""Options, markers and fixtures of all tests."""
+
+import importlib.util
+import signal
+import sys
+from itertools import count
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TRAINERS = [ROOT / "ppo_clip_discrete.py", ROOT / "ppo_clip_atari.py"]
+numbers = count()
+
+
+def load(path: Path | str) -> ModuleType:
+    """Imports the script at `path` anew, under a name of its own."""
+    name = f"{Path(path).stem}_{next(numbers)}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def pytest_addoption(parser):
+    parser.addoption("--script", metavar="PATH", help="run the contract tests on this copied and changed trainer")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes, runs only where -m asks for it")
+    config.addinivalue_line("markers", "gpu: needs a GPU")
+    torch.set_num_threads(1)
+
+
+def pytest_generate_tests(metafunc):
+    if "trainer" in metafunc.fixturenames:
+        script = metafunc.config.getoption("--script")
+        paths = [Path(script).resolve()] if script else TRAINERS
+        metafunc.parametrize("trainer", paths, ids=lambda path: path.stem, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if item.get_closest_marker("slow") and not config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
+
+
+@pytest.fixture(scope="session")
+def trainer(request):
+    """Each trainer in turn, or the one that --script names."""
+    if not request.param.exists():
+        pytest.skip(f"{request.param.name} does not exist")
+    return load(request.param)
+
+
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """`train` takes SIGINT and SIGTERM for itself: a test gives them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -1,0 +1,249 @@
+"""What every trainer computes, against NumPy, against numbers worked out by hand, and against its twin."""
+
+import ast
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import TRAINERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+TWINS = [
+    "layer_init",
+    "sample",
+    "step",
+    "compute_gae",
+    "ppo_clip_loss",
+    "categorical_kl",
+    "update",
+    "backtrack",
+    "fail",
+    "write_file",
+    "save_checkpoint",
+    "load_checkpoint",
+    "get_random_states",
+    "set_random_states",
+    "open_run",
+    "versions",
+    "start_wandb",
+    "cli",
+    "parse_args",
+    "Report",
+    "finish",
+    "env_seeds",
+]
+DIFFERENT = [
+    "Args",
+    "Agent",
+    "make_envs",
+    "Rollout",
+    "Episodes",
+    "collect",
+    "to_tensor",
+    "evaluate",
+    "record_video",
+    "check",
+    "train",
+]
+
+
+# Generalised advantage estimation
+
+
+def gae_by_definition(rewards, values, final_values, terminated, truncated, gamma, gae_lambda):
+    """A_t = sum over l of (gamma lambda)^l delta_{t+l} to the episode's or the rollout's end, sum by sum."""
+    T, N = rewards.shape
+    advantages = np.zeros((T, N))
+    for n in range(N):
+        for t in range(T):
+            for k in range(t, T):
+                if terminated[k, n]:
+                    bootstrap = 0.0
+                elif truncated[k, n]:
+                    bootstrap = final_values[k, n]
+                else:
+                    bootstrap = values[k + 1, n]
+                delta = rewards[k, n] + gamma * bootstrap - values[k, n]
+                advantages[t, n] += (gamma * gae_lambda) ** (k - t) * delta
+                if terminated[k, n] or truncated[k, n]:
+                    break
+    return advantages
+
+
+@settings(max_examples=100, deadline=None)
+@given(data=st.data(), T=st.integers(1, 8), N=st.integers(1, 3))
+def test_gae_is_its_definition(trainer, data, T, N):
+    number = st.floats(-10, 10, width=32)
+
+    def table(elements, rows):
+        return np.array(data.draw(st.lists(elements, min_size=rows * N, max_size=rows * N))).reshape(rows, N)
+
+    rewards, values, final_values = table(number, T), table(number, T + 1), table(number, T)
+    terminated, truncated = table(st.booleans(), T), table(st.booleans(), T)
+    gamma, gae_lambda = data.draw(st.floats(0.01, 1)), data.draw(st.floats(0, 1))
+    inputs = (rewards, values, final_values, terminated, truncated)
+    advantages, returns = trainer.compute_gae(*map(torch.from_numpy, inputs), gamma, gae_lambda)
+    expected = gae_by_definition(*inputs, gamma, gae_lambda)
+    np.testing.assert_allclose(advantages.numpy(), expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(returns.numpy(), expected + values[:-1], rtol=1e-5, atol=1e-5)
+
+
+def test_gae_by_hand(trainer):
+    """gamma = lambda = 1/2, so that gamma lambda = 1/4; step 0 terminates, step 2 is truncated at a state worth 100."""
+    rewards = torch.tensor([[1.0], [2.0], [3.0], [4.0]])
+    values = torch.tensor([[10.0], [20.0], [30.0], [40.0], [50.0]])
+    final_values = torch.tensor([[777.0], [777.0], [100.0], [777.0]])  # 777 must not be read
+    terminated = torch.tensor([[True], [False], [False], [False]])
+    truncated = torch.tensor([[False], [False], [True], [False]])
+    advantages, returns = trainer.compute_gae(rewards, values, final_values, terminated, truncated, 0.5, 0.5)
+    # A_3 = 4 + 50/2 - 40 = -11                       the rollout's end bootstraps the last row of values
+    # A_2 = 3 + 100/2 - 30 = 23                       truncation: the final observation's value, no A_3
+    # A_1 = 2 + 30/2 - 20 + 23/4 = -3 + 5.75 = 2.75
+    # A_0 = 1 - 10 = -9                               termination: no bootstrap, no A_1
+    assert advantages.flatten().tolist() == [-9.0, 2.75, 23.0, -11.0]
+    assert returns.flatten().tolist() == [1.0, 22.75, 53.0, 29.0]
+
+
+# The loss
+
+
+def batch_by_hand():
+    """pi_old = (1/2, 1/2) everywhere; pi = (3/4, 1/4) in the first three transitions, unchanged in the last."""
+    return {
+        "logits": torch.tensor([[0.75, 0.25], [0.75, 0.25], [0.75, 0.25], [0.5, 0.5]], dtype=torch.float64).log() + 3,
+        "values": torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64),
+        "actions": torch.tensor([0, 1, 0, 1]),
+        "old_log_probs": torch.full((4, 2), 0.5, dtype=torch.float64).log(),
+        "old_values": torch.tensor([0.5, 2.0, 2.9, 5.0], dtype=torch.float64),
+        "advantages": torch.tensor([1.0, -2.0, -1.0, 3.0], dtype=torch.float64),
+        "returns": torch.tensor([2.0, 2.0, 0.0, 4.1], dtype=torch.float64),
+    }
+
+
+def loss_args(trainer, **changes):
+    return trainer.Args(**({"clip_coef": 0.2, "vf_coef": 0.5, "norm_adv": False, "clip_vloss": False} | changes))
+
+
+@pytest.mark.parametrize("clip_vloss", [False, True])
+def test_loss_by_hand(trainer, clip_vloss):
+    loss, metrics = trainer.ppo_clip_loss(
+        **batch_by_hand(), ent_coef=0.1, args=loss_args(trainer, clip_vloss=clip_vloss)
+    )
+    # r = 1.5, 0.5, 1.5, 1; A = 1, -2, -1, 3; eps = 0.2:
+    # min(1.5, 1.2) = 1.2; min(-1, 0.8 * -2) = -1.6; min(-1.5, -1.2) = -1.5; 3; their mean 1.1 / 4
+    assert float(metrics["policy_loss"]) == pytest.approx(-0.275)
+    # (V - V^targ)^2 = 1, 0, 9, 0.01; half their mean 10.01 / 8
+    # clipped: V = 0.7, 2, 3, 4.8, squares 1.69, 0, 9, 0.49; half the mean of the larger ones 11.18 / 8
+    value_loss = 1.3975 if clip_vloss else 1.25125
+    assert float(metrics["value_loss"]) == pytest.approx(value_loss)
+    # S(3/4, 1/4) = 0.75 * 0.2876820724 + 0.25 * 1.3862943611 = 0.5623351446; S(1/2, 1/2) = ln 2 = 0.6931471806
+    # mean (3 * 0.5623351446 + 0.6931471806) / 4
+    assert float(metrics["entropy"]) == pytest.approx(0.5950381536)
+    # -L^CLIP + c1 L^VF - c2 S with c1 = 0.5, c2 = 0.1
+    assert float(loss) == pytest.approx(-0.275 + 0.5 * value_loss - 0.05950381536)
+    assert float(metrics["loss"]) == float(loss)
+    # KL = 1/2 ln(0.5 / 0.75) + 1/2 ln(0.5 / 0.25) = -0.2027325541 + 0.3465735903 = 0.1438410362 in three of four
+    assert float(metrics["kl"]) == pytest.approx(0.10788077715)
+    # r - 1 - ln r = 0.0945348919, 0.1931471806, 0.0945348919, 0
+    assert float(metrics["approx_kl"]) == pytest.approx(0.0955542411)
+    assert float(metrics["clipfrac"]) == 0.75
+
+
+def test_normalised_advantages(trainer):
+    batch = batch_by_hand()
+    # A = 1, -2, -1, 3: mean 0.25, sum of squares 15 - 4 / 16 = 14.75, standard deviation (14.75 / 3)^(1/2)
+    batch_normalised = batch | {"advantages": (batch["advantages"] - 0.25) / math.sqrt(14.75 / 3)}
+    by_hand, _ = trainer.ppo_clip_loss(**batch_normalised, ent_coef=0.1, args=loss_args(trainer))
+    normalised, _ = trainer.ppo_clip_loss(**batch, ent_coef=0.1, args=loss_args(trainer, norm_adv=True))
+    assert float(normalised) == pytest.approx(float(by_hand), rel=1e-6)
+
+
+@pytest.mark.parametrize("clip_vloss", [False, True])
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_gradient_against_central_differences(trainer, clip_vloss, norm_adv):
+    rng = torch.Generator().manual_seed(0)
+    B, A, h = 32, 4, 1e-6
+    args = loss_args(trainer, norm_adv=norm_adv, clip_vloss=clip_vloss, clip_coef=0.3)
+    draw = {"generator": rng, "dtype": torch.float64}
+    old_logits = torch.randn(B, A, **draw)
+    x = torch.cat([old_logits + 0.3 * torch.randn(B, A, **draw), torch.randn(B, 1, **draw)], 1)  # logits and value
+    actions = torch.randint(A, (B,), generator=rng)
+    rest = (actions, old_logits.log_softmax(-1), *torch.randn(3, B, **draw), 0.02, args)
+
+    def loss(x):
+        return trainer.ppo_clip_loss(x[:, :-1], x[:, -1], *rest)[0]
+
+    (gradient,) = torch.autograd.grad(loss(x.requires_grad_()), x)
+    with torch.no_grad():
+        for i, j in np.ndindex(B, A + 1):
+            nudge = torch.zeros_like(x)
+            nudge[i, j] = h
+            difference = float(loss(x + nudge) - loss(x - nudge)) / (2 * h)
+            assert float(gradient[i, j]) == pytest.approx(difference, rel=1e-5, abs=1e-8)
+    assert (gradient[:, :-1].abs().sum(1) > 0).all()  # at least the entropy's share
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1), scale=st.floats(0.01, 30), A=st.integers(2, 18))
+def test_entropy_and_kl_are_exact(trainer, seed, scale, A):
+    rng = np.random.default_rng(seed)
+    old, new = scale * rng.standard_normal((2, 5, A))
+    p, q = (np.exp(x - x.max(1, keepdims=True)) for x in (old, new))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    old_log_probs, log_probs = (torch.from_numpy(x).log_softmax(-1) for x in (old, new))
+    kl = trainer.categorical_kl(old_log_probs, log_probs)
+    assert kl.shape == (5,)
+    np.testing.assert_allclose(kl.numpy(), (p * np.log(p / q)).sum(1), rtol=1e-7, atol=1e-10)
+    zeros = torch.zeros(5, dtype=torch.float64)
+    _, metrics = trainer.ppo_clip_loss(
+        torch.from_numpy(new), zeros, zeros.long(), old_log_probs, zeros, zeros, zeros, 0.0, loss_args(trainer)
+    )
+    assert float(metrics["entropy"]) == pytest.approx(-(q * np.log(q)).sum(1).mean(), rel=1e-7, abs=1e-10)
+    assert float(metrics["kl"]) == pytest.approx(float(kl.mean()))
+
+
+def test_sample_follows_the_policy(trainer):
+    probs = torch.tensor([0.1, 0.2, 0.7])
+    generator = torch.Generator().manual_seed(1)
+    actions = trainer.sample(probs.log().expand(20_000, 3), generator)
+    assert actions.shape == (20_000,)
+    frequencies = actions.bincount(minlength=3) / 20_000
+    torch.testing.assert_close(frequencies, probs, atol=0.015, rtol=0)  # more than four standard deviations
+
+
+# The twins
+
+
+def definitions(path):
+    source = path.read_text()
+    nodes = [n for n in ast.parse(source).body if isinstance(n, (ast.FunctionDef, ast.ClassDef))]
+    return {
+        n.name: "".join(ast.unparse(d) + "\n" for d in n.decorator_list) + ast.get_source_segment(source, n)
+        for n in nodes
+    }
+
+
+def shared_names():
+    if not all(path.exists() for path in TRAINERS):
+        return TWINS
+    one, other = map(definitions, TRAINERS)
+    return TWINS + sorted((one.keys() & other.keys()) - {*TWINS, *DIFFERENT})
+
+
+@pytest.mark.parametrize("name", shared_names())
+def test_twins_are_the_same_text(name):
+    if not all(path.exists() for path in TRAINERS):
+        pytest.skip("needs both trainers")
+    one, other = map(definitions, TRAINERS)
+    assert one[name] == other[name]
+
+
+@pytest.mark.parametrize("name", DIFFERENT)
+def test_different_things_differ(name):
+    """Whatever has become the same text in both belongs in TWINS."""
+    if not all(path.exists() for path in TRAINERS):
+        pytest.skip("needs both trainers")
+    one, other = map(definitions, TRAINERS)
+    assert name in one and name in other and one[name] != other[name]
