@@ -43,7 +43,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-ENT_COEF_BOUNDS = (1e-5, 0.05)  # --target-entropy keeps c2 in these
+ENT_COEF_BOUNDS = (1e-5, 0.5)  # --target-entropy keeps c2 in these
 ENT_COEF_RATE = 0.5  # and moves log c2 by this much an iteration, times the share of the entropy that is missing
 
 

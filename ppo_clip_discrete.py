@@ -43,7 +43,7 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-ENT_COEF_BOUNDS = (1e-5, 0.05)  # --target-entropy keeps c2 in these
+ENT_COEF_BOUNDS = (1e-5, 0.5)  # --target-entropy keeps c2 in these
 ENT_COEF_RATE = 0.5  # and moves log c2 by this much an iteration, times the share of the entropy that is missing
 
 
@@ -221,7 +221,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> Vect
         fail(f"--env-id {args.env_id} is an Atari game: train it with ppo_clip_atari.py")
 
     def make_env() -> gym.Env:
-        env = gym.make(args.env_id, render_mode=render_mode, disable_env_checker=True)
+        rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment knows the word
+        env = gym.make(args.env_id, disable_env_checker=True, **rendering)
         first_action = getattr(env.action_space, "start", 0)
         if first_action != 0:  # the network counts actions from 0
             actions = gym.spaces.Discrete(env.action_space.n)

@@ -1,0 +1,478 @@
+"""The trainer for discrete actions: its environments, its updates, its runs."""
+
+import dataclasses
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+SCRIPT = ROOT / "ppo_clip_discrete.py"
+CPU = torch.device("cpu")
+
+
+class Scripted(gym.Env):
+    """Every episode lasts 3 steps of reward 1; step k of episode e observes e + k / 10."""
+
+    observation_space = gym.spaces.Box(-1, 100, (1,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    episode = -1
+
+    def __init__(self, ending, reward=1.0, render_mode=None):
+        self.ending, self.reward = ending, reward
+
+    def observe(self):
+        return np.array([self.episode + self.k / 10], np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.episode, self.k = self.episode + 1, 0
+        return self.observe(), {}
+
+    def step(self, action):
+        self.k += 1
+        over = self.k == 3
+        return (
+            self.observe(),
+            self.reward,
+            over and self.ending != "truncated",
+            over and self.ending != "terminated",
+            {},
+        )
+
+
+for ending in ("truncated", "terminated", "both"):
+    gym.register(f"Scripted-{ending}-v0", Scripted, kwargs={"ending": ending})
+gym.register("ScriptedInfinite-v0", Scripted, kwargs={"ending": "truncated", "reward": math.inf})
+
+
+@pytest.fixture(scope="module")
+def script():
+    return load(SCRIPT)
+
+
+def tiny(script, **changes):
+    defaults = {"num_envs": 8, "num_steps": 16, "total_timesteps": 1024, "eval_episodes": 0, "cuda": False}
+    return script.Args(**(defaults | changes))
+
+
+def start(script, args):
+    torch.manual_seed(args.seed)
+    envs = script.make_envs(args, args.num_envs)
+    agent = script.Agent(envs)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    episodes = script.Episodes(envs, script.env_seeds(args.seed, 0, args.num_envs))
+    return agent, optimizer, episodes, script.Rollout(args, envs, CPU)
+
+
+def gae(script, rollout, args):
+    names = ("rewards", "values", "final_values", "terminated", "truncated")
+    return script.compute_gae(*(getattr(rollout, name) for name in names), args.gamma, args.gae_lambda)
+
+
+def iterate(script, state, ent_coef, args):
+    agent, optimizer, episodes, rollout = state
+    script.collect(agent, episodes, rollout, args)
+    metrics, ent_coef = script.update(agent, optimizer, rollout, *gae(script, rollout, args), ent_coef, args)
+    agent.obs_stats.update(rollout.obs.flatten(0, 1).flatten(1))
+    return metrics, ent_coef
+
+
+def checkpoint(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def assert_equal(one, other):
+    """Bit for bit, through dicts and lists."""
+    assert type(one) is type(other)
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other)
+        for a, b in zip(one, other):
+            assert_equal(a, b)
+    else:
+        assert one == other
+
+
+def run(*arguments, **options):
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+# What a rollout holds
+
+
+@pytest.mark.parametrize("ending", ["truncated", "terminated", "both"])
+def test_rollout_of_a_scripted_environment(script, ending):
+    args = tiny(script, env_id=f"Scripted-{ending}-v0", num_envs=1, num_steps=8, norm_reward=False, gamma=0.9)
+    args = dataclasses.replace(args, gae_lambda=0.5)
+    agent, _, episodes, rollout = start(script, args)
+    script.collect(agent, episodes, rollout, args)
+
+    obs = torch.tensor([0.0, 0.1, 0.2, 1.0, 1.1, 1.2, 2.0, 2.1])  # a reset within the step: no row without an action
+    torch.testing.assert_close(rollout.obs.flatten(), obs)
+    torch.testing.assert_close(episodes.obs.flatten(), np.array([2.2], np.float32))
+    over = [False, False, True, False, False, True, False, False]
+    assert rollout.terminated.flatten().tolist() == [o and ending != "truncated" for o in over]
+    assert rollout.truncated.flatten().tolist() == [o and ending != "terminated" for o in over]
+    assert episodes.ended == [(3.0, 3), (3.0, 3)]
+    torch.testing.assert_close(rollout.rewards.flatten(), torch.ones(8))
+
+    def value(x):
+        return float(agent(torch.tensor([[x]]))[1])
+
+    V = [value(float(x)) for x in obs]
+    assert rollout.values.flatten().tolist() == pytest.approx([*V, value(2.2)], abs=1e-6)
+    ends = [0.0, 0.0]  # a termination is worth nothing more
+    if ending == "truncated":
+        ends = [value(0.3), value(1.3)]  # of the observations that ended the episodes, not of 1.0 and 2.0
+        assert rollout.final_values[[2, 5], 0].tolist() == pytest.approx(ends, abs=1e-6)
+    d = [1 + 0.9 * after - before for before, after in zip(V, [*V[1:3], ends[0], *V[4:6], ends[1], V[7], value(2.2)])]
+    expected = [
+        d[0] + 0.45 * d[1] + 0.45**2 * d[2],
+        d[1] + 0.45 * d[2],
+        d[2],
+        d[3] + 0.45 * d[4] + 0.45**2 * d[5],
+        d[4] + 0.45 * d[5],
+        d[5],
+        d[6] + 0.45 * d[7],
+        d[7],
+    ]
+    advantages, returns = gae(script, rollout, args)
+    assert advantages.flatten().tolist() == pytest.approx(expected, abs=1e-5)
+    assert returns.flatten().tolist() == pytest.approx([a + v for a, v in zip(expected, V)], abs=1e-5)
+
+
+def test_environment_that_cannot_render(script):
+    gym.register("ScriptedPlain-v0", lambda: Scripted("terminated"))
+    script.make_envs(tiny(script, env_id="ScriptedPlain-v0"), 2).close()
+
+
+def test_episodes_go_on_over_rollouts(script):
+    args = tiny(script, env_id="Scripted-truncated-v0", num_envs=2, num_steps=2)
+    agent, _, episodes, rollout = start(script, args)
+    for _ in range(3):
+        script.collect(agent, episodes, rollout, args)
+    assert episodes.ended == [(3.0, 3)] * 4  # 6 steps in each of 2 environments
+    assert list(episodes.recent) == [3.0] * 4
+
+
+def test_observation_statistics_are_those_of_all_rows(script):
+    rows = 3 * torch.randn(300, 5) + torch.arange(5)
+    stats = script.RunningStats((5,))
+    for part in rows.split([1, 99, 200]):
+        stats.update(part)
+    torch.testing.assert_close(stats.mean, rows.mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(stats.var, rows.var(0, correction=0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "FrozenLake-v1"])
+def test_ratio_is_one_in_the_first_minibatch(script, tmp_path, monkeypatch, env_id):
+    """Over a whole run's iterations: whatever moves between collection and update shows here."""
+    first, loss = [], script.ppo_clip_loss
+    update = script.update
+
+    def spy_update(*inputs):
+        first.append(None)
+        return update(*inputs)
+
+    @torch.no_grad()
+    def note(logits, values, actions, old_log_probs, old_values):
+        taken = (logits.log_softmax(-1) - old_log_probs).gather(1, actions[:, None])
+        first[-1] = float(taken.exp().sub(1).abs().max()), float((values - old_values).abs().max())
+
+    def spy_loss(logits, values, actions, old_log_probs, old_values, *rest):
+        if first[-1] is None:
+            note(logits, values, actions, old_log_probs, old_values)
+        return loss(logits, values, actions, old_log_probs, old_values, *rest)
+
+    monkeypatch.setattr(script, "update", spy_update)
+    monkeypatch.setattr(script, "ppo_clip_loss", spy_loss)
+    script.train(tiny(script, env_id=env_id, run_dir=str(tmp_path / "run"), total_timesteps=512))
+    assert len(first) == 4
+    assert np.max(first) < 1e-5
+
+
+# Updates
+
+
+def test_trust_region_holds(script):
+    """50 updates with a step far too long: the whole batch's KL, computed anew, never oversteps the target."""
+    target = 0.01
+    free = tiny(script, learning_rate=0.05, num_envs=16, num_steps=16, update_epochs=3)
+    args = dataclasses.replace(free, target_kl=target)
+    state = start(script, args)
+    agent, _, _, rollout = state
+    fractions = []
+    for _ in range(50):
+        metrics, _ = iterate_without_statistics(script, state, args)
+        with torch.no_grad():
+            old, new = rollout.logits.log_softmax(-1), agent(rollout.obs.flatten(0, 1))[0].log_softmax(-1)
+        kl = float((old.exp() * (old - new.view_as(old))).sum(-1).mean())
+        assert kl <= target * (1 + 1e-3)
+        assert metrics["kl_after_update"] == pytest.approx(kl, abs=1e-5)
+        assert metrics["kl_after_update"] <= target
+        fractions.append(metrics["step_fraction"])
+    assert min(fractions) < 1 and max(fractions) > 0  # the bound was at work, and did not stop all learning
+
+    state = start(script, free)
+    iterate_without_statistics(script, state, free)
+    agent, rollout = state[0], state[3]
+    old, new = rollout.logits.log_softmax(-1), agent(rollout.obs.flatten(0, 1))[0].log_softmax(-1)
+    assert float((old.exp() * (old - new.view_as(old))).sum(-1).mean()) > target
+
+
+def iterate_without_statistics(script, state, args):
+    agent, optimizer, episodes, rollout = state
+    script.collect(agent, episodes, rollout, args)
+    return script.update(agent, optimizer, rollout, *gae(script, rollout, args), args.ent_coef, args)
+
+
+def test_entropy_is_held_near_its_target(script):
+    """Without a bonus the entropy falls far below 0.6 nats in 40 iterations; the adapted c2 holds it nearer."""
+    ends = {}
+    for target in (None, 0.6):
+        args = tiny(script, num_envs=32, num_steps=32, target_entropy=target)
+        state, ent_coef, entropies = start(script, args), 0.01 if target else 0.0, []
+        for _ in range(40):
+            metrics, ent_coef = iterate(script, state, ent_coef, args)
+            entropies.append(metrics["entropy"])
+            if target:
+                low, high = script.ENT_COEF_BOUNDS
+                assert low <= ent_coef <= high
+            else:
+                assert ent_coef == 0
+        ends[target] = np.mean(entropies[-10:])
+    assert abs(ends[0.6] - 0.6) < abs(ends[None] - 0.6)
+
+
+@pytest.mark.parametrize("where", ["advantages", "returns"])
+def test_nothing_is_learned_from_what_is_not_finite(script, where):
+    args = tiny(script)
+    agent, optimizer, episodes, rollout = start(script, args)
+    script.collect(agent, episodes, rollout, args)
+    advantages, returns = gae(script, rollout, args)
+    {"advantages": advantages, "returns": returns}[where].fill_(math.nan if where == "advantages" else math.inf)
+    before = [p.detach().clone() for p in agent.parameters()]
+    metrics, _ = script.update(agent, optimizer, rollout, advantages, returns, 0.0, args)
+    assert metrics["finite"] < 1
+    assert all(torch.equal(p, q) for p, q in zip(agent.parameters(), before))
+
+
+def test_infinite_reward_ends_the_run_with_one_line(script, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        script.train(tiny(script, env_id="ScriptedInfinite-v0", run_dir=str(tmp_path / "run")))
+    assert stop.value.code == 1
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(err) == 1 and "not finite" in err[0]
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+# Runs
+
+
+def test_same_seed_same_parameters(script, tmp_path):
+    def parameters(name, **changes):
+        script.train(tiny(script, run_dir=str(tmp_path / name), total_timesteps=384, **changes))
+        return checkpoint(tmp_path / name)["agent"]
+
+    one = parameters("one")
+    assert_equal(one, parameters("again"))
+    other = parameters("other", seed=2)
+    assert not torch.equal(one["policy_head.weight"], other["policy_head.weight"])
+
+
+def test_zero_learning_rate_learns_nothing(script, tmp_path):
+    args = tiny(script, run_dir=str(tmp_path / "run"), learning_rate=0.0)
+    script.train(args)
+    agent = start(script, args)[0]
+    trained = checkpoint(tmp_path / "run")["agent"]
+    for name, parameter in agent.named_parameters():
+        assert torch.equal(parameter.detach(), trained[name]), name
+
+
+def test_run_folder(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--run-dir", str(tmp_path / "a" / "run"), "--eval-episodes", "2"])
+    sys.argv += ["--total-timesteps", "10240", "--no-cuda"]
+    script.train(script.parse_args())
+    run_dir = tmp_path / "a" / "run"
+    record = json.loads((run_dir / "args.json").read_text())
+    assert script.Args(**record["args"]) == script.Args(
+        run_dir=str(run_dir), eval_episodes=2, total_timesteps=10240, cuda=False
+    )
+    assert record["command"] == sys.argv and record["versions"]["torch"] == torch.__version__
+    assert (run_dir / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
+    state = checkpoint(run_dir)
+    assert state["iteration"] == 5 and state["global_step"] == 10240
+    result = json.loads((run_dir / "result.json").read_text())
+    keys = "eval_return_mean eval_return_std eval_episodes global_step wall_seconds sps seed env_id"
+    assert set(result) == set(keys.split())
+    assert result["eval_episodes"] == 2 and result["global_step"] == 10240 and result["sps"] > 0
+    events = EventAccumulator(str(run_dir)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate"} <= tags
+    assert {"losses/approx_kl", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/clipfrac"} <= tags
+    assert [e.step for e in events.Scalars("losses/approx_kl")] == [2048 * i for i in range(1, 6)]
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def test_default_flags_learn_cartpole(tmp_path):
+    done = run("--seed", 1, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_return_mean"] >= 475
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3"])
+def test_killed_run_resumes_bit_for_bit(script, tmp_path, monkeypatch, capsys, env_id):
+    args = tiny(script, env_id=env_id, total_timesteps=128 * 60, checkpoint_interval=1)
+    args = dataclasses.replace(args, target_entropy=0.5, update_epochs=2)
+    flags = "--num-envs 8 --num-steps 16 --eval-episodes 0 --no-cuda --checkpoint-interval 1"
+    flags += " --target-entropy 0.5 --update-epochs 2"
+    killed = tmp_path / "killed"
+    command = [sys.executable, str(SCRIPT), "--env-id", env_id, *flags.split(), "--run-dir", str(killed)]
+    process = subprocess.Popen([*command, "--total-timesteps", str(args.total_timesteps)], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not (killed / "checkpoint.prev.pt").exists():
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.002)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert 2 <= checkpoint(killed)["iteration"] < args.num_iterations
+
+    script.train(dataclasses.replace(args, run_dir=str(tmp_path / "straight")))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(killed)])
+    script.train(script.parse_args())
+    assert "from step" in capsys.readouterr().out
+    straight, resumed = checkpoint(tmp_path / "straight"), checkpoint(killed)
+    for name in ("agent", "optimizer", "random", "episodes", "iteration", "global_step", "ent_coef"):
+        assert_equal(straight[name], resumed[name])
+
+
+def test_sigterm_checkpoints_and_says_how_to_go_on(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--run-dir", str(tmp_path / "run"), "--total-timesteps", "100000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()  # the line that says where
+    while not list((tmp_path / "run").glob("events*")):
+        time.sleep(0.01)
+    time.sleep(0.5)
+    process.terminate()
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"--resume {tmp_path / 'run'}" in out
+    assert checkpoint(tmp_path / "run")["iteration"] >= 1
+
+
+def test_damaged_checkpoints(script, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    script.train(tiny(script, run_dir=str(run_dir), total_timesteps=384, checkpoint_interval=1))
+    path, previous = run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"
+    good, data = checkpoint(run_dir), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(run_dir)])
+    script.train(script.parse_args())  # goes on from the one before and comes to the same end
+    out, err = capsys.readouterr()
+    assert "from step 256" in out
+    assert err.startswith("warning:") and "checkpoint.pt is damaged" in err
+    assert_equal(checkpoint(run_dir)["agent"], good["agent"])
+
+    path.write_bytes(path.read_bytes()[:1000])
+    previous.write_bytes(b"")
+    with pytest.raises(SystemExit) as stop:
+        script.train(script.parse_args())
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert stop.value.code == 2 and len(errors) == 1 and "no good checkpoint" in errors[0]
+
+
+# What a user can do wrong
+
+
+@pytest.mark.parametrize(
+    "flags, part",
+    [
+        ("--env-id NoSuchThing-v0", "NoSuchThing-v0"),
+        ("--env-id no_such_module:Thing-v0", "no_such_module"),
+        ("--env-id Pendulum-v1", "Discrete"),
+        ("--env-id ALE/Pong-v5", "ppo_clip_atari.py"),
+        ("--num-minibatches 3", "--num-minibatches 3"),
+        ("--num-minibatches 0", "--num-minibatches"),
+        ("--num-envs 2 --num-steps 2 --num-minibatches 4", "minibatch"),
+        ("--num-envs 0", "--num-envs"),
+        ("--num-steps 0", "--num-steps"),
+        ("--total-timesteps 10", "--total-timesteps"),
+        ("--clip-coef 0", "--clip-coef"),
+        ("--clip-coef 1.5", "--clip-coef"),
+        ("--clip-coef nan", "--clip-coef"),
+        ("--gamma 0", "--gamma"),
+        ("--gamma 1.1", "--gamma"),
+        ("--gamma nan", "--gamma"),
+        ("--gae-lambda -0.1", "--gae-lambda"),
+        ("--learning-rate inf", "--learning-rate"),
+        ("--target-kl 0", "--target-kl"),
+        ("--target-entropy nan", "--target-entropy"),
+        ("--seed -1", "--seed"),
+        ("--run-dir /proc/nope/x", "/proc/nope/x"),
+        ("--no-such-flag 1", "--no-such-flag"),
+        ("--num-envs many", "many"),
+        ("--resume no/such/folder", "no/such/folder"),
+    ],
+)
+def test_bad_input_ends_with_one_line(script, tmp_path, monkeypatch, capfd, flags, part):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        script.train(script.parse_args())
+    err = capfd.readouterr().err
+    assert stop.value.code == 2
+    assert err.startswith("error: ") and err.count("\n") == 1 and part in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_a_run_folder(script, tmp_path, monkeypatch, capsys):
+    run_dir = tmp_path / "run"
+    script.train(tiny(script, run_dir=str(run_dir), total_timesteps=128))
+    files = {path: path.read_bytes() for path in run_dir.iterdir()}
+    for flags in (
+        f"--run-dir {run_dir}",
+        f"--resume {run_dir} --gamma 0.9",
+        f"--resume {run_dir} --total-timesteps 64",
+    ):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.split()])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            script.train(script.parse_args())
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and err.count("\n") == 1
+        assert {path: path.read_bytes() for path in run_dir.iterdir()} == files
+
+
+def test_error_of_the_whole_program_has_no_traceback(tmp_path):
+    done = run("--gamma", 2, cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("error: --gamma") and done.stderr.count("\n") == 1
+
+
+def test_copied_script_runs_alone(tmp_path):
+    shutil.copy(SCRIPT, tmp_path / "mine.py")
+    flags = "--env-id FrozenLake-v1 --total-timesteps 4096 --eval-episodes 1 --run-dir run"
+    done = subprocess.run(
+        [sys.executable, "mine.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "mine.py").read_bytes() == SCRIPT.read_bytes()
+    assert checkpoint(tmp_path / "run")["iteration"] == 2
