@@ -82,15 +82,15 @@ class Args:
     """chance that the emulator repeats the last action (default: what the id says, 0.25 for v5 and 0 for v4)"""
     episodic_life: bool = True
     """a lost life ends the bootstrap (never the game, nor its score)"""
-    num_envs: int = 8
+    num_envs: int = 64
     """N, environments that are played side by side"""
-    num_steps: int = 128
+    num_steps: int = 32
     """T, steps in each environment an iteration"""
     total_timesteps: int = 10_000_000
     """environment steps of the whole run, over all environments; a step is 4 frames"""
 
     # Learning
-    learning_rate: float = 2.5e-4
+    learning_rate: float = 5e-4
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
@@ -98,7 +98,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
     update_epochs: int = 4
     """K, passes over the rollout an iteration"""
