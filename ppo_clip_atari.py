@@ -246,12 +246,17 @@ class Episodes:
 
     def __init__(self, envs: AtariVectorEnv, seeds: np.ndarray):
         self.envs = envs
-        self.obs, info = envs.reset(seed=seeds)  # (N, 4, 84, 84)
-        self.frame_number = info["episode_frame_number"]  # (N,) falls when a game is over
+        self.begin(seeds)
         self.returns = np.zeros(envs.num_envs)  # score so far
         self.lengths = np.zeros(envs.num_envs, dtype=np.int64)  # steps so far
         self.recent: deque[float] = deque(maxlen=100)
         self.ended: list[tuple[float, int]] = []  # (return, length) of games that ended in this iteration
+
+    def begin(self, seeds: np.ndarray) -> None:
+        """Starts new games."""
+        self.seeds = seeds
+        self.obs, info = self.envs.reset(seed=seeds)  # (N, 4, 84, 84)
+        self.frame_number = info["episode_frame_number"]  # (N,) falls when a game is over
 
     def add(self, rewards: np.ndarray, over: np.ndarray) -> None:
         """Counts one step of each environment, raw `rewards` (N,) and whether the episode is `over` (N,)."""
@@ -265,10 +270,11 @@ class Episodes:
 
     def state_dict(self) -> dict:
         """The emulators have no state to save: a resumed run starts new games and never counts the ones cut off."""
-        return {"recent": list(self.recent)}
+        return {"recent": list(self.recent), "seeds": torch.from_numpy(self.seeds)}
 
     def load_state_dict(self, state: dict) -> None:
         self.recent.extend(state["recent"])
+        self.begin(env_seeds(int(state["seeds"][0]), 0, len(state["seeds"])))  # not the first games again
 
 
 @torch.no_grad()
@@ -306,8 +312,8 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args) -> N
 
 
 def sample(logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Actions (B,) drawn from softmax(logits), logits (B, A)."""
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(-1)
+    """Actions (B,) drawn from softmax(logits), logits (B, A): the first of A exponential clocks to ring."""
+    return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
 
 
 def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
@@ -560,6 +566,8 @@ def load_checkpoint(run_dir: Path) -> dict | None:
             if hashlib.sha256(data[:-32]).digest() != data[-32:]:
                 raise ValueError("its sha256 does not hold")
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError("it holds no run's state")
         except Exception as error:
             damaged.append(path.name)
             print(f"warning: {path} is damaged: {' '.join(str(error).split())[:80]}", file=sys.stderr)
@@ -722,7 +730,7 @@ class Report:
         self.total = args.num_iterations * args.batch_size
         self.timed = timed  # [steps, seconds] that SPS counts
         self.skip = 2  # iterations that warm up, not counted
-        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if global_step else None)
+        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
         self.terminal = sys.stdout.isatty()
         self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=not self.terminal)
         self.tick = self.last_line = time.time()
@@ -804,14 +812,14 @@ def train(args: Args) -> None:
     done, seconds, timed = 0, 0.0, [0, 0.0]  # iterations and wall time of earlier starts, [steps, seconds] of the SPS
 
     run_dir = open_run(args)
-    if args.resume and (state := load_checkpoint(run_dir)):
+    if args.resume and (state := load_checkpoint(run_dir)) is not None:
         try:
             agent.load_state_dict(state["agent"])
             optimizer.load_state_dict(state["optimizer"])
             episodes.load_state_dict(state["episodes"])
             set_random_states(state["random"])
             done, seconds, timed, ent_coef = (state[k] for k in ("iteration", "seconds", "timed", "ent_coef"))
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             fail(f"the checkpoint in {run_dir} is not of this script and environment: {error}")
     print(
         f"{args.env_id} on {device}, {run_dir}" + (f", from step {done * args.batch_size}" if done else ""), flush=True

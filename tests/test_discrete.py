@@ -132,7 +132,7 @@ def test_rollout_of_a_scripted_environment(script, ending):
     torch.testing.assert_close(rollout.rewards.flatten(), torch.ones(8))
 
     def value(x):
-        return float(agent(torch.tensor([[x]]))[1])
+        return agent(torch.tensor([[x]]))[1].item()
 
     V = [value(float(x)) for x in obs]
     assert rollout.values.flatten().tolist() == pytest.approx([*V, value(2.2)], abs=1e-6)
@@ -242,21 +242,19 @@ def iterate_without_statistics(script, state, args):
 
 
 def test_entropy_is_held_near_its_target(script):
-    """Without a bonus the entropy falls far below 0.6 nats in 40 iterations; the adapted c2 holds it nearer."""
+    """A fixed c2 lets the entropy fall far below 0.6 nats in 60 iterations; the adapted one brings it back."""
     ends = {}
     for target in (None, 0.6):
         args = tiny(script, num_envs=32, num_steps=32, target_entropy=target)
-        state, ent_coef, entropies = start(script, args), 0.01 if target else 0.0, []
-        for _ in range(40):
+        state, ent_coef, entropies = start(script, args), 0.01, []
+        for _ in range(60):
             metrics, ent_coef = iterate(script, state, ent_coef, args)
             entropies.append(metrics["entropy"])
-            if target:
-                low, high = script.ENT_COEF_BOUNDS
-                assert low <= ent_coef <= high
-            else:
-                assert ent_coef == 0
-        ends[target] = np.mean(entropies[-10:])
-    assert abs(ends[0.6] - 0.6) < abs(ends[None] - 0.6)
+            low, high = script.ENT_COEF_BOUNDS
+            assert low <= ent_coef <= high if target else ent_coef == 0.01
+        ends[target] = np.mean(entropies[-20:])
+    assert abs(ends[0.6] - 0.6) < 0.06
+    assert abs(ends[None] - 0.6) > 0.2
 
 
 @pytest.mark.parametrize("where", ["advantages", "returns"])
@@ -335,7 +333,7 @@ def test_default_flags_learn_cartpole(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_return_mean"] >= 475
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3"])
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3"])
 def test_killed_run_resumes_bit_for_bit(script, tmp_path, monkeypatch, capsys, env_id):
     args = tiny(script, env_id=env_id, total_timesteps=128 * 60, checkpoint_interval=1)
     args = dataclasses.replace(args, target_entropy=0.5, update_epochs=2)
@@ -360,20 +358,6 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path, monkeypatch, capsys, e
     straight, resumed = checkpoint(tmp_path / "straight"), checkpoint(killed)
     for name in ("agent", "optimizer", "random", "episodes", "iteration", "global_step", "ent_coef"):
         assert_equal(straight[name], resumed[name])
-
-
-def test_sigterm_checkpoints_and_says_how_to_go_on(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--run-dir", str(tmp_path / "run"), "--total-timesteps", "100000000"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()  # the line that says where
-    while not list((tmp_path / "run").glob("events*")):
-        time.sleep(0.01)
-    time.sleep(0.5)
-    process.terminate()
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGTERM
-    assert f"--resume {tmp_path / 'run'}" in out
-    assert checkpoint(tmp_path / "run")["iteration"] >= 1
 
 
 def test_damaged_checkpoints(script, tmp_path, monkeypatch, capsys):

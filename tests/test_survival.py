@@ -1,0 +1,385 @@
+"""Killed processes, damaged files, full disks and wild command lines: a run ends in one line and loses nothing."""
+
+import errno
+import hashlib
+import io
+import json
+import math
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+DISCRETE = ROOT / "ppo_clip_discrete.py"
+ATARI = ROOT / "ppo_clip_atari.py"
+EXPORT = ROOT / "export_policy.py"
+SMALL = {
+    DISCRETE: "--num-envs 8 --num-steps 16 --update-epochs 2 --eval-episodes 1 --no-cuda",
+    ATARI: "--env-id ALE/Pong-v5 --num-envs 2 --num-steps 16 --num-minibatches 2 --update-epochs 1 --eval-episodes 0"
+    " --no-cuda",
+}
+
+
+def start(script, *flags, **options):
+    command = [sys.executable, str(script), *map(str, flags)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+
+
+def wait_for(path, process, seconds=120):
+    deadline = time.time() + seconds
+    while not path.exists():
+        assert process.poll() is None and time.time() < deadline, process.stderr.read()
+        time.sleep(0.0005)
+
+
+def checkpoint(run_dir, name="checkpoint.pt"):
+    return torch.load(run_dir / name, weights_only=True)
+
+
+def logged_steps(run_dir):
+    return [e.step for e in EventAccumulator(str(run_dir)).Reload().Scalars("losses/kl")]
+
+
+def lines(text, word):
+    return [line for line in text.splitlines() if line.startswith(word)]
+
+
+@pytest.fixture(scope="module")
+def discrete():
+    return load(DISCRETE)
+
+
+@pytest.fixture(scope="module")
+def atari():
+    return load(ATARI)
+
+
+@pytest.fixture(scope="module")
+def finished(discrete, tmp_path_factory):
+    """A finished small run's folder; tests copy what they damage."""
+    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    flags = f"{SMALL[DISCRETE]} --total-timesteps 512 --checkpoint-interval 1 --run-dir {run_dir}"
+    assert start(DISCRETE, *flags.split()).wait() == 0
+    return run_dir
+
+
+# Killed processes
+
+
+def kill_and_resume(script, run_dir, kills, iterations, seed):
+    """Kills the run `kills` times with SIGKILL, every third time within a checkpoint's write, then lets it end."""
+    chance, batch, interval = random.Random(seed), 128 if script == DISCRETE else 32, 5
+    flags = f"{SMALL[script]} --total-timesteps {iterations * batch} --checkpoint-interval {interval}"
+    process = start(script, *flags.split(), "--run-dir", run_dir)
+    for kill in range(kills):
+        wait_for(run_dir / "args.json", process)
+        written = len(list(run_dir.glob("events*")))
+        while kill and len(list(run_dir.glob("events*"))) == written and process.poll() is None:
+            time.sleep(0.002)  # the new start opens a new event file when it is about to train
+        if kill % 3 == 0:
+            deadline = time.time() + 20
+            while not (run_dir / "checkpoint.pt.tmp").exists() and process.poll() is None and time.time() < deadline:
+                pass
+        else:
+            time.sleep(chance.uniform(0, 0.5))
+        process.kill()
+        process.communicate()
+        before = logged_steps(run_dir) if list(run_dir.glob("events*")) else []
+        saved = checkpoint(run_dir)["iteration"] if (run_dir / "checkpoint.pt").exists() else 0
+        if before:
+            assert before[-1] // batch - saved <= interval
+        process = start(script, "--resume", run_dir)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert not list(run_dir.glob("*.tmp"))
+    assert json.loads((run_dir / "result.json").read_text())["global_step"] == iterations * batch
+    assert logged_steps(run_dir) == [batch * i for i in range(1, iterations + 1)]  # no overlap, no gap
+
+
+def test_killed_three_times(tmp_path):
+    kill_and_resume(DISCRETE, tmp_path / "run", kills=3, iterations=600, seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script, iterations", [(DISCRETE, 6000), (ATARI, 1500)], ids=["discrete", "atari"])
+def test_killed_25_times(tmp_path, script, iterations):
+    kill_and_resume(script, tmp_path / "run", kills=25, iterations=iterations, seed=2)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_checkpoint_of_the_last_step(tmp_path, number):
+    process = start(DISCRETE, *f"{SMALL[DISCRETE]} --total-timesteps 100000000 --run-dir {tmp_path / 'run'}".split())
+    wait_for(tmp_path / "run" / "args.json", process)
+    while not lines(process.stdout.readline(), "CartPole-v1 on"):
+        pass
+    time.sleep(1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number and err == ""
+    assert "go on with --resume" in out.splitlines()[-1]
+    assert checkpoint(tmp_path / "run")["global_step"] == logged_steps(tmp_path / "run")[-1]
+
+
+def test_a_second_signal_ends_at_once(tmp_path):
+    flags = "--num-envs 64 --num-steps 16384 --update-epochs 50 --total-timesteps 100000000"  # minutes an iteration
+    process = start(DISCRETE, *flags.split(), "--run-dir", tmp_path / "run")
+    while not lines(process.stdout.readline(), "CartPole-v1 on"):
+        pass
+    time.sleep(1)
+    process.terminate()
+    time.sleep(0.5)
+    assert process.poll() is None  # the first one waits for the iteration's end
+    process.terminate()
+    assert process.wait(timeout=5) == 128 + signal.SIGTERM
+
+
+def test_atari_resumes_everything_but_the_emulators(atari, tmp_path, monkeypatch, capsys):
+    flags = f"{SMALL[ATARI]} --target-entropy 1 --total-timesteps 96 --run-dir {tmp_path / 'run'}"
+    monkeypatch.setattr(sys, "argv", [str(ATARI), *flags.split()])
+    atari.train(atari.parse_args())
+    saved = checkpoint(tmp_path / "run")
+    seen = {}
+
+    def first_collect(agent, episodes, rollout, args):
+        seen.update(agent=agent.state_dict(), random=atari.get_random_states(), episodes=episodes)
+        raise SystemExit(7)
+
+    def first_update(agent, optimizer, *rest):
+        raise SystemExit(8)
+
+    monkeypatch.setattr(atari, "collect", first_collect)
+    monkeypatch.setattr(sys, "argv", [str(ATARI), "--resume", str(tmp_path / "run"), "--total-timesteps", "128"])
+    with pytest.raises(SystemExit, match="7"):
+        atari.train(atari.parse_args())
+    assert all(torch.equal(seen["agent"][k], saved["agent"][k]) for k in saved["agent"])
+    assert torch.equal(seen["random"]["torch"], saved["random"]["torch"])
+    assert seen["random"]["python"] == saved["random"]["python"]
+    assert torch.equal(seen["random"]["numpy"][1], saved["random"]["numpy"][1])
+    assert not seen["episodes"].returns.any() and not seen["episodes"].lengths.any()  # the cut games do not count
+    assert list(seen["episodes"].recent) == saved["episodes"]["recent"]
+    assert not np.array_equal(seen["episodes"].seeds, saved["episodes"]["seeds"].numpy())  # other games than at first
+
+
+# Damaged files
+
+
+def resume(discrete, run_dir, monkeypatch, capsys):
+    """Loads the run's checkpoint: the state or None, standard error, exit code."""
+    capsys.readouterr()
+    try:
+        return discrete.load_checkpoint(run_dir), capsys.readouterr().err, 0
+    except SystemExit as stop:
+        return None, capsys.readouterr().err, stop.code
+
+
+def test_every_flipped_bit_is_found(discrete, finished, tmp_path, monkeypatch, capsys):
+    good, previous = (finished / n for n in ("checkpoint.pt", "checkpoint.prev.pt"))
+    data, chance = good.read_bytes(), random.Random(3)
+    (tmp_path / "checkpoint.prev.pt").write_bytes(previous.read_bytes())
+    for i in range(256):  # every region of the file in turn, its sha256 included
+        place = len(data) * i // 256 + chance.randrange(len(data) // 256)
+        flipped = bytearray(data)
+        flipped[min(place, len(data) - 1)] ^= 1 << chance.randrange(8)
+        (tmp_path / "checkpoint.pt").write_bytes(flipped)
+        state, err, code = resume(discrete, tmp_path, monkeypatch, capsys)
+        assert code == 0 and state["iteration"] == 3, f"byte {place}"
+        assert err.startswith("warning: ") and err.count("\n") == 1
+
+
+class Payload:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def with_hash(data):
+    return data + hashlib.sha256(data).digest()
+
+
+def saved(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def test_foreign_files_and_payloads(discrete, finished, tmp_path, monkeypatch, capsys):
+    data, marker = (finished / "checkpoint.pt").read_bytes(), tmp_path / "pwned"
+    bad = [b"", data[:31], data[:-1], data[: len(data) // 2], data + b"x", b"\0" * len(data), b"not a checkpoint"]
+    bad += [saved({"agent": {}}), with_hash(b""), with_hash(pickle.dumps(Payload(marker)))]
+    bad += [with_hash(saved(value)) for value in (Payload(marker), [], 3, torch.zeros(2))]
+    for content in bad:
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+        state, err, code = resume(discrete, tmp_path, monkeypatch, capsys)
+        assert code == 2 and state is None
+        assert len(lines(err, "error: ")) == 1 and "no good checkpoint" in err and "Traceback" not in err
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("state", [{}, {"agent": {"x": torch.ones(1)}}, {"agent": 5}])
+def test_a_whole_checkpoint_of_something_else(finished, tmp_path, state):
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "checkpoint.pt").write_bytes(with_hash(saved(state)))
+    process = start(DISCRETE, "--resume", tmp_path)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "is not of this script and environment" in err
+
+
+# Full disks
+
+
+def test_full_disk_while_a_checkpoint_is_written(discrete, finished, tmp_path, monkeypatch, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes((finished / "checkpoint.pt").read_bytes())
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as stop:
+        discrete.save_checkpoint(tmp_path, {"iteration": 9})
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.count("\n") == 1 and "No space left" in err and str(tmp_path) in err
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    assert checkpoint(tmp_path)["iteration"] == 4
+
+
+def test_full_disk_while_tensorboard_writes(tmp_path):
+    """A file may grow to 400 kB here: the log is the first that meets the limit."""
+    flags = f"{SMALL[DISCRETE]} --total-timesteps 100000000 --checkpoint-interval 20 --run-dir {tmp_path / 'run'}"
+    limit = (400_000, 400_000)
+    process = start(DISCRETE, *flags.split(), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 1, err
+    assert err.count("\n") == 1 and "TensorBoard" in err and "Traceback" not in err
+    assert checkpoint(tmp_path / "run")["iteration"] % 20 == 0
+
+
+# Environments
+
+
+class Broken(gym.Env):
+    """Dies, or observes what is no number, after 100 steps."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    steps = 0
+
+    def __init__(self, how):
+        self.how = how
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.steps += 1
+        if self.steps >= 100 and self.how == "dies":
+            raise ValueError("the motor fell off")
+        observed = math.nan if self.steps >= 100 and self.how == "nan" else 0.5
+        return np.full(2, observed, np.float32), 1.0, False, self.steps % 10 == 0, {}
+
+
+for how in ("dies", "nan"):
+    gym.register(f"Broken-{how}-v0", Broken, kwargs={"how": how})
+
+
+@pytest.mark.parametrize("how, part", [("dies", "the motor fell off"), ("nan", "not finite")])
+def test_a_broken_environment(discrete, tmp_path, monkeypatch, capsys, how, part):
+    flags = f"--env-id Broken-{how}-v0 {SMALL[DISCRETE]} --checkpoint-interval 1 --run-dir {tmp_path / 'run'}"
+    monkeypatch.setattr(sys, "argv", [str(DISCRETE), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        discrete.train(discrete.parse_args())
+    err = capsys.readouterr().err
+    assert stop.value.code == 1 and err.startswith("error: ") and err.count("\n") == 1 and part in err
+    state = checkpoint(tmp_path / "run")
+    assert state["iteration"] == 6
+    assert all(torch.isfinite(value).all() for value in state["agent"].values())
+
+
+@given(st.lists(st.floats(width=32), min_size=2, max_size=18))
+@settings(max_examples=200, deadline=None)
+def test_actions_are_never_out_of_range(logits):
+    action = int(SAMPLER.sample(torch.tensor([logits]))[0])
+    assert 0 <= action < len(logits)
+
+
+SAMPLER = load(DISCRETE)
+
+
+# Wild command lines
+
+VALUES = st.one_of(
+    st.sampled_from(["0", "-1", "1", "3", "1e400", "nan", "inf", "-inf", "99999999999999999999", "None", "True", ""]),
+    st.text(max_size=12).filter(lambda s: "\0" not in s),
+    st.integers().map(str),
+    st.floats().map(str),
+)
+
+
+def command_lines(script):
+    """Lists of known and unknown flags with wild values."""
+    names = [f.replace("_", "-") for f in script.Args.__dataclass_fields__ if f not in ("resume", "run_dir", "run")]
+    flag = st.one_of(st.sampled_from([f"--{n}" for n in names]), st.text(max_size=8).map(lambda s: "--" + s))
+    pair = st.tuples(flag, VALUES).map(list)
+    return st.lists(st.one_of(pair, flag.map(lambda f: [f])), max_size=4).map(lambda parts: sum(parts, []))
+
+
+def endure(script, path, arguments, check, monkeypatch, capfd):
+    """Arguments are accepted, or refused in one line with exit code 2."""
+    arguments = [a.replace("\0", "") for a in arguments]
+    capfd.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", [str(path), *arguments])
+        try:
+            check(script.parse_args())
+        except SystemExit as stop:
+            err = capfd.readouterr().err
+            if stop.code:
+                assert stop.code == 2, arguments
+                assert err.startswith("error: ") and err.count("\n") == 1, (arguments, err)
+    assert not os.listdir(), arguments
+
+
+def makes_environments(script, arguments):
+    if arguments.num_envs * 4 < 100:
+        script.make_envs(arguments, 1)
+
+
+def fuzz(path, count, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    script = load(path)
+    check = (lambda _: None) if path == EXPORT else (lambda arguments: makes_environments(script, arguments))
+
+    @given(command_lines(script))
+    @settings(
+        max_examples=count, deadline=None, suppress_health_check=list(HealthCheck), database=None, derandomize=True
+    )
+    def run(arguments):
+        endure(script, path, arguments, check, monkeypatch, capfd)
+
+    run()
+
+
+@pytest.mark.parametrize("path", [DISCRETE, ATARI, EXPORT], ids=lambda path: path.stem)
+def test_wild_command_lines(path, tmp_path, monkeypatch, capfd):
+    fuzz(path, 50, tmp_path, monkeypatch, capfd)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [DISCRETE, ATARI, EXPORT], ids=lambda path: path.stem)
+def test_many_wild_command_lines(path, tmp_path, monkeypatch, capfd):
+    fuzz(path, 500, tmp_path, monkeypatch, capfd)
