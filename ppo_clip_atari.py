@@ -26,6 +26,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -731,6 +732,7 @@ class Report:
         self.timed = timed  # [steps, seconds] that SPS counts
         self.skip = 2  # iterations that warm up, not counted
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+        threading.excepthook = lambda error: None  # the writer's thread: `iteration` meets its error and tells it
         self.terminal = sys.stdout.isatty()
         self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=not self.terminal)
         self.tick = self.last_line = time.time()

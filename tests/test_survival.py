@@ -102,7 +102,7 @@ def kill_and_resume(script, run_dir, kills, iterations, seed):
         if before:
             assert before[-1] // batch - saved <= interval
         process = start(script, "--resume", run_dir)
-    out, err = process.communicate(timeout=300)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert not list(run_dir.glob("*.tmp"))
     assert json.loads((run_dir / "result.json").read_text())["global_step"] == iterations * batch
@@ -236,7 +236,7 @@ def test_a_whole_checkpoint_of_something_else(finished, tmp_path, state):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "checkpoint.pt").write_bytes(with_hash(saved(state)))
     process = start(DISCRETE, "--resume", tmp_path)
-    out, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("\n") == 1 and "is not of this script and environment" in err
 
 
@@ -263,7 +263,7 @@ def test_full_disk_while_tensorboard_writes(tmp_path):
     flags = f"{SMALL[DISCRETE]} --total-timesteps 100000000 --checkpoint-interval 20 --run-dir {tmp_path / 'run'}"
     limit = (400_000, 400_000)
     process = start(DISCRETE, *flags.split(), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
-    out, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
     assert err.count("\n") == 1 and "TensorBoard" in err and "Traceback" not in err
     assert checkpoint(tmp_path / "run")["iteration"] % 20 == 0
@@ -335,7 +335,9 @@ def command_lines(script):
     names = [f.replace("_", "-") for f in script.Args.__dataclass_fields__ if f not in ("resume", "run_dir", "run")]
     flag = st.one_of(st.sampled_from([f"--{n}" for n in names]), st.text(max_size=8).map(lambda s: "--" + s))
     pair = st.tuples(flag, VALUES).map(list)
-    return st.lists(st.one_of(pair, flag.map(lambda f: [f])), max_size=4).map(lambda parts: sum(parts, []))
+    return st.lists(st.one_of(pair, flag.map(lambda f: [f])), max_size=4).map(
+        lambda parts: [word for part in parts for word in part]
+    )
 
 
 def endure(script, path, arguments, check, monkeypatch, capfd):
