@@ -1,9 +1,11 @@
-"""A trained run to ONNX and TorchScript, each checked against PyTorch before it gets its name.
+"""A trained run to ONNX, TorchScript and torch.export, each checked against PyTorch before it gets its name.
 
     python export_policy.py runs/<run>
-    python export_policy.py runs/<run> --output-dir deploy
+    python export_policy.py runs/<run> --stochastic --formats onnx torch-export --output-dir deploy
+    python export_policy.py runs/<run> --evaluate 10 --benchmark --quantize int8
 
-The graph takes the raw observation (normalisation is inside) and gives `logits`, `value` and the greedy `action`.
+The graph takes the raw observation (normalisation is inside) and gives `logits`, `value` and `action`: the greedy one,
+or, under --stochastic, one drawn with the caller's own uniform numbers.
 The network is built by the source snapshot in the run folder, so a copied and changed trainer exports with no edit.
 """
 
@@ -13,47 +15,73 @@ import importlib.metadata
 import importlib.util
 import io
 import json
+import linecache
 import logging
 import os
 import platform
 import sys
 import tempfile
+import time
+import traceback
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import numpy as np
 import onnx
 import onnxruntime
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
 
 OPSET = 20
-BATCHES = (1, 2, 3, 17)
+BATCHES = (1, 2, 3, 17, 256)  # that each file is checked at
 RTOL, ATOL = 1e-4, 1e-5
+FILES = {"onnx": "policy.onnx", "torchscript": "policy.torchscript.pt", "torch-export": "policy.pt2"}
+INT8 = "policy.int8.onnx"
+
+Runtime = Callable[..., list[np.ndarray]]  # arrays in, [logits, value, action] out
 
 
 @dataclass(frozen=True)
 class Args:
     run: Annotated[str, tyro.conf.Positional]
     """run folder of a trainer"""
+    formats: tuple[Literal["onnx", "torchscript", "torch-export"], ...] = ("onnx", "torchscript")
+    """what to write: policy.onnx, policy.torchscript.pt, policy.pt2"""
     output_dir: str | None = None
-    """where policy.onnx, policy.torchscript.pt and policy.json go (default: the run folder)"""
+    """where the files and policy.json go (default: the run folder)"""
+    stochastic: bool = False
+    """add an input `uniform` (batch, num_actions) in (0, 1) that draws the action from the policy"""
+    evaluate: int = 0
+    """whole games that each file plays, beside PyTorch on the same seeds"""
+    benchmark: bool = False
+    """measure the latency of each file, beside PyTorch"""
+    quantize: Literal["int8"] | None = None
+    """also write policy.int8.onnx, calibrated on the policy's own observations, and say what it costs"""
 
 
 class Policy(nn.Module):
-    """obs (B, *shape), raw -> logits (B, A) float32, value (B,) float32, action (B,) int64, the greedy one."""
+    """What is exported: obs (B, *shape), raw -> logits (B, A) float32, value (B,) float32, action (B,) int64.
+
+    The action is the greedy one; with `uniform` (B, A) it is argmax(logits - log(-log u)), a draw from softmax(logits)
+    (the Gumbel-max trick: Maddison et al. 2014, arXiv:1411.0030, section 2).
+    """
 
     def __init__(self, agent: nn.Module):
         super().__init__()
         self.agent = agent
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(
+        self, obs: torch.Tensor, uniform: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         logits, value = self.agent(obs)
-        return logits, value, logits.argmax(-1)
+        noise = 0.0 if uniform is None else -torch.log(-torch.log(uniform))
+        return logits, value, (logits + noise).argmax(-1)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -93,7 +121,7 @@ def load_checkpoint(run_dir: Path) -> tuple[dict, str]:
 
 def load_trainer(path: Path) -> ModuleType:
     """Runs the run's own source, for its `Agent`, `Args` and `make_envs`."""
-    print(f"running {path} to build the network")
+    print(f"running the code in {path} to build the network", flush=True)
     spec = importlib.util.spec_from_file_location("run_source", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
@@ -102,31 +130,48 @@ def load_trainer(path: Path) -> ModuleType:
 
 
 @torch.no_grad()
-def rollout(trainer: ModuleType, agent: nn.Module, envs, steps: int = 32) -> torch.Tensor:
-    """Observations (steps * N, *shape) of the policy's own play with sampled actions."""
+def rollout(trainer: ModuleType, agent: nn.Module, args, count: int) -> torch.Tensor:
+    """Observations (count, *shape) of the policy's own play with sampled actions, in 16 environments."""
+    envs = trainer.make_envs(args, 16)
     obs, _ = envs.reset(seed=1)
     generator, seen = torch.Generator().manual_seed(1), []
-    for _ in range(steps):
+    for _ in range(-(-count // 16)):
         seen.append(trainer.to_tensor(obs, torch.device("cpu")).clone())
         actions = torch.multinomial(agent(seen[-1])[0].softmax(-1), 1, generator=generator).squeeze(-1)
         obs = envs.step(actions.numpy())[0]
-    return torch.cat(seen)
+    envs.close()
+    return torch.cat(seen)[:count]
 
 
-def export_onnx(policy: Policy, obs: torch.Tensor, metadata: dict[str, str], path: Path) -> None:
+def trace(policy: Policy, inputs: tuple[torch.Tensor, ...], source: Path) -> torch.export.ExportedProgram:
+    """The policy's graph with a symbolic batch; a forward that has none ends with the line of `source` that is why."""
+    batch = torch.export.Dim("batch")
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            program = torch.export.export(policy, inputs, dynamic_shapes=({0: batch},) * len(inputs))
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == source]
+        line = frames[-1].lineno if frames else 0
+        where = f" at {source.name}:{line}: `{linecache.getline(str(source), line).strip()}`" if frames else ""
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        fail(f"the network's forward cannot be exported{where}: {reason}", code=1)
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if hasattr(module, "graph") else ():
+            node.meta.pop("stack_trace", None)  # file paths of this machine
+    return program
+
+
+def export_onnx(program: torch.export.ExportedProgram, names: list[str], metadata: dict[str, str], path: Path) -> None:
     """One file, symbolic batch, `OPSET`; nothing of the exporting machine in it."""
-    torch.onnx.export(
-        policy,
-        (obs[:2],),
-        path,
+    exported = torch.onnx.export(
+        program,
         dynamo=True,
-        external_data=False,
         opset_version=OPSET,
-        input_names=["obs"],
+        input_names=names,
         output_names=["logits", "value", "action"],
-        dynamic_shapes={"obs": {0: torch.export.Dim("batch")}},
         verbose=False,
     )
+    exported.save(path, external_data=False)
     model = onnx.load(path)
     graphs = [model.graph, *model.functions]
     for item in [model, *graphs, *(node for graph in graphs for node in graph.node), *model.graph.value_info]:
@@ -146,35 +191,130 @@ def export_onnx(policy: Policy, obs: torch.Tensor, metadata: dict[str, str], pat
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
-def export_torchscript(policy: Policy, obs: torch.Tensor, path: Path) -> None:
-    """By tracing; loads without any source."""
-    print("note: PyTorch deprecates TorchScript; prefer the ONNX file for new deployments")
+def quantize_int8(path: Path, names: list[str], inputs: list[np.ndarray], to: Path) -> None:
+    """Static quantisation (QDQ) of the layers' weights and activations, calibrated on `inputs`."""
+    from onnxruntime import quantization
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    rows = iter([dict(zip(names, row)) for row in zip(*(np.array_split(x, len(x) // 16) for x in inputs))])
+
+    class Reader(quantization.CalibrationDataReader):
+        def get_next(self):
+            return next(rows, None)
+
+    quant_pre_process(str(path), str(to), skip_symbolic_shape=True)
+    quantization.quantize_static(
+        str(to),
+        str(to),
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        per_channel=True,
+    )
+
+
+def eager(module: nn.Module) -> Runtime:
+    """A PyTorch module as a runtime."""
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            return [x.numpy() for x in module(*map(torch.from_numpy, arrays))]
+
+    return run
+
+
+def load_runtime(path: Path, threads: int = 1) -> Runtime:
+    """An exported file as a runtime; PyTorch's take their threads from torch.set_num_threads."""
+    if path.suffix == ".onnx":
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads  # one is the fastest for one observation: no hand-over to a pool
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        names = [i.name for i in session.get_inputs()]
+        return lambda *arrays: session.run(None, dict(zip(names, arrays)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.jit.save(torch.jit.trace(policy, (obs[:2],)), path)
+        if path.suffix == ".pt2":
+            return eager(torch.export.load(path).module())
+        return eager(torch.jit.freeze(torch.jit.load(path)))
 
 
-@torch.no_grad()
-def check_parity(policy: Policy, obs: torch.Tensor, onnx_path: Path, script_path: Path) -> None:
-    """Both files against PyTorch on `obs` and on zeros; ends with exit code 1 on a mismatch."""
-    session = onnxruntime.InferenceSession(str(onnx_path), providers=["CPUExecutionProvider"])
-    script = torch.jit.load(script_path)
-    for batch in BATCHES:
-        for rows in (*obs.split(batch)[: 64 // batch], torch.zeros_like(obs[:batch])):
-            logits, value, action = (x.numpy() for x in policy(rows))
-            best = np.sort(logits)[:, -2:]
-            clear = best[:, -1] - best[:, 0] > 2 * (ATOL + RTOL * np.abs(best).max())  # else a tie may fall either way
-            files = {
-                "policy.onnx": session.run(None, {"obs": rows.numpy()}),
-                "policy.torchscript.pt": [x.numpy() for x in script(rows)],
-            }
-            for name, (its_logits, its_value, its_action) in files.items():
+def probes(obs: np.ndarray, space) -> list[np.ndarray]:
+    """Observations to compare runtimes on, 256 rows each: of real play, zeros, the space's extremes, random ones."""
+    rng = np.random.default_rng(1)
+    discrete = hasattr(space, "n")
+    low = np.clip(space.start if discrete else space.low, -100, 100)
+    high = np.clip(space.start + space.n - 1 if discrete else space.high, -100 if not discrete else None, None)
+    high = high if obs.dtype != np.float32 else np.clip(high, None, 100)
+    shape = (256, *obs.shape[1:])
+    zeros = np.broadcast_to(np.clip(0, low, high), shape)
+    extremes = np.where(rng.random(shape) < 0.5, low, high)
+    spread = low + rng.random(shape) * (high - low)
+    return [np.ascontiguousarray(x, dtype=obs.dtype) for x in (obs[:256], zeros, extremes, spread)]
+
+
+def check_parity(reference: Runtime, files: dict[str, Runtime], probes: list[np.ndarray], uniform) -> None:
+    """Each file against PyTorch on all probes at all `BATCHES`; ends with exit code 1 on a mismatch.
+
+    Actions must be equal but where the two best differ by less than the tolerance: there a tie may fall either way.
+    """
+    for rows in probes:
+        for batch in BATCHES:
+            inputs = [rows[:batch]] if uniform is None else [rows[:batch], uniform[:batch]]
+            logits, value, action = reference(*inputs)
+            scores = logits if uniform is None else logits - np.log(-np.log(inputs[1]))
+            best = np.sort(scores)[:, -2:]
+            clear = best[:, -1] - best[:, 0] > 2 * (ATOL + RTOL * np.abs(best).max())
+            for name, file in files.items():
+                its_logits, its_value, its_action = file(*inputs)
                 for what, a, b in (("logits", logits, its_logits), ("value", value, its_value)):
                     if not np.allclose(a, b, rtol=RTOL, atol=ATOL):
                         worst = np.abs(a - b).max()
                         fail(f"{name}: {what} differ from PyTorch's by up to {worst:.3g} at batch {batch}", 1)
                 if not np.array_equal(action[clear], its_action[clear]):
                     fail(f"{name}: actions differ from PyTorch's at batch {batch}", 1)
+
+
+def play(trainer: ModuleType, run_args, runtime: Runtime, games: int, num_actions: int, stochastic: bool) -> list:
+    """Scores of the trainer's own evaluation, where each action is `runtime`'s."""
+    rng = np.random.default_rng(1)
+
+    def agent(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        uniform = [rng.random((len(obs), num_actions), dtype=np.float32)] if stochastic else []
+        _, value, action = map(torch.from_numpy, runtime(obs.numpy(), *uniform))
+        return F.one_hot(action, num_actions).float().log(), value  # leaves the evaluation nothing else to sample
+
+    return trainer.evaluate(agent, run_args, games, torch.device("cpu"))
+
+
+def latencies(policy: Policy, paths: list[Path], inputs: list[np.ndarray]) -> list[dict]:
+    """Milliseconds a call of each runtime at several batches, on one thread and on all."""
+    rows, before = [], torch.get_num_threads()
+    for threads in sorted({1, os.cpu_count() or 1}):
+        torch.set_num_threads(threads)
+        runtimes = {"PyTorch eager": (eager(policy), None)}
+        runtimes |= {path.name: (load_runtime(path, threads), path.stat().st_size) for path in paths}
+        for batch in (1, 8, 64, 256):
+            for name, (runtime, size) in runtimes.items():
+                arrays, times = [x[:batch] for x in inputs], []
+                for _ in range(20):  # warm-up: TorchScript optimises in its first calls
+                    runtime(*arrays)
+                until = time.perf_counter() + 0.3
+                while len(times) < 50 or time.perf_counter() < until:
+                    began = time.perf_counter()
+                    runtime(*arrays)
+                    times.append(1e3 * (time.perf_counter() - began))
+                median, p99 = np.percentile(times, (50, 99))
+                row = {"runtime": name, "threads": threads, "batch": batch, "median_ms": round(median, 4)}
+                rows.append(row | {"p99_ms": round(p99, 4), "obs_per_second": round(1e3 * batch / median)})
+                rows[-1]["file_bytes"] = size
+    torch.set_num_threads(before)
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
+    for row in [{key: key for key in widths}, *rows]:
+        print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
 
 
 def action_meanings(envs) -> list[str]:
@@ -185,77 +325,144 @@ def action_meanings(envs) -> list[str]:
     return list(names()) if names else [str(n) for n in range(int(envs.single_action_space.n))]
 
 
+def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, pixels: bool, meanings: list) -> dict:
+    """What a deployer must know of the policy: in policy.json and inside the ONNX files."""
+    result_path = run_dir / "result.json"
+    result = json.loads(result_path.read_text()) if result_path.exists() else {}
+    if pixels:
+        preprocessing = {
+            "inside_the_graph": "scaling to [0, 1]",
+            "before_the_graph": "84x84 grey frames, maximum of the last two of 4 skipped, 4 stacked, oldest first",
+            "frame_skip": 4,
+            "repeat_action_probability": run_args.stickiness,
+        }
+        units = "discounted sum of rewards clipped to [-1, 1]"
+    else:
+        preprocessing = {"inside_the_graph": "running normalisation or one-hot encoding", "before_the_graph": "none"}
+        units = "discounted sum of rewards divided by the run's reward scale"
+    return {
+        "env_id": run_args.env_id,
+        "seed": run_args.seed,
+        "global_step": state["global_step"],
+        "score": {k: result.get(k) for k in ("eval_return_mean", "eval_return_std", "eval_episodes")},
+        "action_meanings": meanings,
+        "preprocessing": preprocessing,
+        "value_units": units,
+        "checkpoint_sha256": sha256,
+        "trained_with": record["versions"],
+    }
+
+
 def export(args: Args) -> None:
-    """Writes policy.onnx, policy.torchscript.pt and policy.json, all of them or none."""
+    """Writes the files that were asked for and policy.json, all of them or none."""
+    if args.evaluate < 0:
+        fail("--evaluate must be 0 or more games")
+    if not args.formats:
+        fail("--formats needs at least one of onnx, torchscript, torch-export")
+    if args.quantize and "onnx" not in args.formats:
+        fail("--quantize int8 makes an ONNX file: add onnx to --formats")
     run_dir = Path(args.run)
     output_dir = Path(args.output_dir) if args.output_dir else run_dir
     record = load_record(run_dir)
     state, checkpoint_sha256 = load_checkpoint(run_dir)
     torch.manual_seed(1)
-    trainer = load_trainer(run_dir / Path(record["script"]).name)
+    source = (run_dir / Path(record["script"]).name).resolve()
+    trainer = load_trainer(source)
     try:
         run_args = trainer.Args(**record["args"])
-        envs = trainer.make_envs(run_args, max(BATCHES))
+        envs = trainer.make_envs(run_args, 1)
         agent = trainer.Agent(envs)
         agent.load_state_dict(state["agent"])
-    except (TypeError, KeyError, RuntimeError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         fail(f"the checkpoint in {run_dir} does not fit its source: {error}")
-    policy = Policy(agent.eval())
-    obs = rollout(trainer, agent, envs)
-    pixels = obs.dtype == torch.uint8
-    result_path = run_dir / "result.json"
-    result = json.loads(result_path.read_text()) if result_path.exists() else {}
-    about = {
-        "env_id": run_args.env_id,
-        "seed": run_args.seed,
-        "global_step": state["global_step"],
-        "score": {k: result.get(k) for k in ("eval_return_mean", "eval_return_std", "eval_episodes")},
-        "action_meanings": action_meanings(envs),
-        "preprocessing": {
-            "inside_the_graph": "scaling to [0, 1]" if pixels else "running normalisation or one-hot encoding",
-            "before_the_graph": "84x84 grey frames, maximum of the last two of 4 skipped, 4 stacked, oldest first"
-            if pixels
-            else "none",
-        }
-        | ({"frame_skip": 4, "repeat_action_probability": run_args.stickiness} if pixels else {}),
-        "value_units": "discounted sum of rewards clipped to [-1, 1]"
-        if pixels
-        else "discounted sum of rewards divided by the run's reward scale",
-        "checkpoint_sha256": checkpoint_sha256,
-        "trained_with": record["versions"],
-    }
+    policy = Policy(agent).eval()
+    num_actions, space, meanings = int(envs.single_action_space.n), envs.single_observation_space, action_meanings(envs)
+    envs.close()
+    obs = rollout(trainer, agent, run_args, 10_000 if args.quantize else 512)
+    uniform = torch.rand(len(obs), num_actions).clamp(1e-6, 1 - 1e-6) if args.stochastic else None
+    inputs = [obs] if uniform is None else [obs, uniform]
+    two_rows = tuple(x[:2].clone() for x in inputs)
+    arrays = [x.numpy() for x in inputs]
+    names = ["obs", "uniform"][: len(inputs)]
+    about = describe(run_dir, run_args, record, state, checkpoint_sha256, obs.dtype == torch.uint8, meanings)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    program = trace(policy, two_rows, source)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export-") as folder:
-            onnx_path, script_path = Path(folder) / "policy.onnx", Path(folder) / "policy.torchscript.pt"
-            logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+            paths = {name: Path(folder) / FILES[name] for name in FILES if name in args.formats}
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
-                export_onnx(policy, obs, metadata, onnx_path)
-            export_torchscript(policy, obs, script_path)
-            check_parity(policy, obs, onnx_path, script_path)
+                if "onnx" in paths:
+                    export_onnx(program, names, metadata, paths["onnx"])
+                if "torchscript" in paths:
+                    torch.jit.save(torch.jit.trace(policy, two_rows), paths["torchscript"])
+                if "torch-export" in paths:
+                    torch.export.save(program, paths["torch-export"])
+            if "torchscript" in paths:
+                print("note: PyTorch deprecates TorchScript; torch-export is its successor, ONNX the widest supported")
+            files = {path.name: load_runtime(path) for path in paths.values()}
+            check_parity(eager(policy), files, probes(arrays[0], space), None if uniform is None else arrays[1])
+
+            if args.quantize:
+                path = paths["int8"] = Path(folder) / INT8
+                with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                    warnings.simplefilter("ignore")
+                    quantize_int8(paths["onnx"], names, [x[::20] for x in arrays], path)
+                files[INT8] = load_runtime(path)
+                agreement = float(np.mean(files[INT8](*arrays)[2] == files[FILES["onnx"]](*arrays)[2]))
+                good = "at least" if agreement >= 0.95 else "under"
+                model = onnx.load(path)
+                about["int8"] = {"action_agreement": agreement, "observations": len(obs), "verdict": f"{good} 95 %"}
+                del model.metadata_props[:]
+                for key, value in sorted((metadata | {"int8": json.dumps(about["int8"])}).items()):
+                    model.metadata_props.add(key=key, value=value)
+                path.write_bytes(model.SerializeToString(deterministic=True))
+                sizes = paths["onnx"].stat().st_size, path.stat().st_size
+                print(f"{INT8}: {agreement:.2%} of {len(obs)} actions agree, {sizes[0]:,} -> {sizes[1]:,} bytes")
+                if agreement < 0.95:
+                    print(f"warning: {INT8} agrees in under 95 % of its actions: not for use as it is", file=sys.stderr)
+            if args.evaluate:
+                about["evaluation"] = {}
+                for name, runtime in ({"PyTorch": eager(policy)} | files).items():
+                    scores = play(trainer, run_args, runtime, args.evaluate, num_actions, args.stochastic)
+                    about["evaluation"][name] = {"mean": float(np.mean(scores)), "scores": scores}
+                    print(f"{name}: mean return {np.mean(scores):.1f} over {len(scores)} games")
+            if args.benchmark:
+                about["latency"] = latencies(policy, list(paths.values()), arrays)
+                print_table(about["latency"])
+
+            dtype = str(obs.dtype).removeprefix("torch.")
+            described = [{"name": "obs", "shape": ["batch", *obs.shape[1:]], "dtype": dtype}]
+            if args.stochastic:
+                described.append({"name": "uniform", "shape": ["batch", num_actions], "dtype": "float32"})
             packages = ("torch", "onnx", "onnxruntime", "numpy")
-            shape, actions = list(obs.shape[1:]), int(envs.single_action_space.n)
-            policy_json = about | {
-                "inputs": [{"name": "obs", "shape": ["batch", *shape], "dtype": str(obs.dtype).removeprefix("torch.")}],
+            about |= {
+                "inputs": described,
                 "outputs": [
-                    {"name": "logits", "shape": ["batch", actions], "dtype": "float32"},
+                    {"name": "logits", "shape": ["batch", num_actions], "dtype": "float32"},
                     {"name": "value", "shape": ["batch"], "dtype": "float32"},
-                    {"name": "action", "shape": ["batch"], "dtype": "int64", "mode": "greedy"},
+                    {
+                        "name": "action",
+                        "shape": ["batch"],
+                        "dtype": "int64",
+                        "mode": "stochastic" if args.stochastic else "greedy",
+                    },
                 ],
                 "opset": OPSET,
                 "versions": {"python": platform.python_version()}
                 | {p: importlib.metadata.version(p) for p in packages},
-                "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in (onnx_path, script_path)},
+                "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths.values()},
             }
             json_path = Path(folder) / "policy.json"
-            json_path.write_text(json.dumps(policy_json, indent=2) + "\n")
-            for path in (onnx_path, script_path, json_path):
+            json_path.write_text(json.dumps(about, indent=2) + "\n")
+            for path in (*paths.values(), json_path):
                 os.replace(path, output_dir / path.name)
     except OSError as error:
         fail(f"--output-dir {output_dir} cannot be written: {error.strerror or error}")
-    print(f"{output_dir}: policy.onnx, policy.torchscript.pt and policy.json equal PyTorch on batches {BATCHES}")
+    exact = ", ".join(path.name for path in paths.values() if path.name != INT8)
+    print(f"{output_dir}: {exact} equal PyTorch on batches {BATCHES}")
 
 
 def parse_args() -> Args:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -73,12 +74,14 @@ def test_a_wrong_weight_does_not_pass(run_dir, tmp_path, monkeypatch, capsys):
     exporter = load(ROOT / "export_policy.py")
     right = exporter.export_onnx
 
-    def planted(policy, obs, metadata, path):
-        with torch.no_grad():
-            policy.agent.value_head.weight[0, 0] += 0.1
-        right(policy, obs, metadata, path)
-        with torch.no_grad():
-            policy.agent.value_head.weight[0, 0] -= 0.1
+    def planted(program, names, metadata, path):
+        right(program, names, metadata, path)
+        model = onnx.load(path)
+        weights = next(w for w in model.graph.initializer if "value_head.weight" in w.name)
+        values = onnx.numpy_helper.to_array(weights).copy()
+        values.flat[0] += 0.1
+        weights.CopyFrom(onnx.numpy_helper.from_array(values, weights.name))
+        onnx.save(model, path)
 
     monkeypatch.setattr(exporter, "export_onnx", planted)
     with pytest.raises(SystemExit) as stop:
@@ -86,6 +89,71 @@ def test_a_wrong_weight_does_not_pass(run_dir, tmp_path, monkeypatch, capsys):
     assert stop.value.code == 1
     assert "policy.onnx: value differ" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def everything(run_dir, tmp_path_factory):
+    """All formats with all that can be measured of them, drawing their actions."""
+    folder = tmp_path_factory.mktemp("everything")
+    flags = "--formats onnx torchscript torch-export --stochastic --evaluate 4 --benchmark --quantize int8"
+    done = export(run_dir, "--output-dir", folder, *flags.split())
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def test_drawn_actions_follow_the_softmax(everything):
+    """Chi-square, 1 degree of freedom: 10.83 is exceeded once in 1,000 by chance."""
+    session = onnxruntime.InferenceSession(everything / "policy.onnx")
+    uniform = np.random.default_rng(5).random((100_000, 2), dtype=np.float32)
+    for angle in (-0.02, 0.0, 0.02):
+        obs = np.tile(np.array([0.1, 0.0, angle, -angle], np.float32), (100_000, 1))
+        logits, _, action = session.run(None, {"obs": obs, "uniform": uniform})
+        expected = 100_000 * np.exp(logits[0]) / np.exp(logits[0]).sum()
+        assert 1_000 < expected[0] < 99_000  # both actions count
+        assert (np.square(np.bincount(action, minlength=2) - expected) / expected).sum() < 10.83
+
+
+def test_files_play_as_pytorch_plays(everything):
+    about = json.loads((everything / "policy.json").read_text())
+    played = about["evaluation"]
+    assert set(played) == {"PyTorch", "policy.onnx", "policy.torchscript.pt", "policy.pt2", "policy.int8.onnx"}
+    for name in ("policy.onnx", "policy.torchscript.pt", "policy.pt2"):
+        assert played[name] == played["PyTorch"]  # game by game
+    assert len(set(played["PyTorch"]["scores"])) > 1
+    assert about["inputs"][1] == {"name": "uniform", "shape": ["batch", 2], "dtype": "float32"}
+    assert about["outputs"][2]["mode"] == "stochastic"
+
+
+def test_latency_and_int8_are_reported(everything):
+    about = json.loads((everything / "policy.json").read_text())
+    rows = [row for row in about["latency"] if row["threads"] == 1 and row["batch"] == 1]
+    assert {row["runtime"] for row in rows} == {"PyTorch eager", *about["sha256"]}
+    assert all(0 < row["median_ms"] <= row["p99_ms"] for row in about["latency"])
+    int8 = about["int8"]
+    assert int8["observations"] == 10_000 and 0.5 < int8["action_agreement"] <= 1
+    assert int8["verdict"] == ("at least 95 %" if int8["action_agreement"] >= 0.95 else "under 95 %")
+    model = onnx.load(everything / "policy.int8.onnx")
+    assert json.loads({p.key: p.value for p in model.metadata_props}["int8"]) == int8
+    assert "QuantizeLinear" in {node.op_type for node in model.graph.node}
+
+
+def test_metadata_is_in_the_model(run_dir, exported):
+    model = onnx.load(exported / "policy.onnx")
+    about = {p.key: p.value for p in model.metadata_props}
+    assert about["env_id"] == "CartPole-v1" and about["global_step"] == "4096"
+    assert about["checkpoint_sha256"] == hashlib.sha256((run_dir / "checkpoint.pt").read_bytes()).hexdigest()
+    assert {"action_meanings", "preprocessing", "score", "trained_with", "value_units"} <= set(about)
+
+
+def test_files_load_without_the_source(exported, everything, tmp_path):
+    for path in (exported / "policy.torchscript.pt", everything / "policy.pt2"):
+        load_it = (
+            f"torch.jit.load({str(path)!r})" if path.suffix == ".pt" else f"torch.export.load({str(path)!r}).module()"
+        )
+        inputs = "torch.zeros(5, 4)" + (", torch.rand(5, 2)" if path.suffix == ".pt2" else "")
+        code = f"import torch; print(tuple({load_it}({inputs})[0].shape))"
+        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        assert done.stdout.strip() == "(5, 2)", done.stderr
 
 
 def damage(path):
@@ -117,15 +185,117 @@ def test_the_checkpoint_before_serves_for_a_damaged_one(run_dir, tmp_path):
     assert all((folder / name).exists() for name in FILES)
 
 
-def test_a_copied_and_changed_atari_trainer_exports(tmp_path):
-    source = (ROOT / "ppo_clip_atari.py").read_text().replace("512", "96").replace("Conv2d(4, 32", "Conv2d(4, 16")
-    source = source.replace("Conv2d(32, 64", "Conv2d(16, 64")
+IMPALA = """
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+
+    def forward(self, x):
+        return x + self.convs[1](self.convs[0](x.relu()).relu())
+
+
+def impala():
+    blocks, inputs = [], 4
+    for channels in (4, 8):
+        blocks += [nn.Conv2d(inputs, channels, 3, padding=1), nn.MaxPool2d(3, 2, 1), Residual(channels)]
+        inputs = channels
+    return nn.Sequential(*blocks, nn.ReLU(), nn.Flatten(), nn.Linear(8 * 21 * 21, 96), nn.ReLU())
+
+
+class Agent(nn.Module):"""
+VARIANTS = {
+    "narrow": [("512", "96"), ("Conv2d(4, 32", "Conv2d(4, 16"), ("Conv2d(32, 64", "Conv2d(16, 64")],
+    "layer_norm": [
+        ("            nn.Flatten(),\n", "            nn.Flatten(),\n            nn.LayerNorm(64 * 7 * 7),\n")
+    ],
+    "impala": [
+        ("512", "96"),
+        ("\n\nclass Agent(nn.Module):", IMPALA),
+        ("        self.policy_head =", "        self.encoder = impala()\n        self.policy_head ="),
+    ],
+    "branching": [
+        (
+            "        return self.policy_head(features)",
+            "        if features.sum() > 0:\n            features = -features\n        return self.policy_head(features)",
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_copied_and_changed_atari_trainer_exports(tmp_path, variant):
+    source = (ROOT / "ppo_clip_atari.py").read_text()
+    for old, new in VARIANTS[variant]:
+        assert old in source
+        source = source.replace(old, new)
     (tmp_path / "my_ppo.py").write_text(source)
-    flags = ["--env-id", "PongNoFrameskip-v4", "--num-envs", "2", "--num-steps", "16", "--total-timesteps", "64"]
+    flags = ["--env-id", "PongNoFrameskip-v4", "--num-envs", "2", "--num-steps", "16", "--total-timesteps", "32"]
     command = [sys.executable, "my_ppo.py", *flags, "--eval-episodes", "0", "--run-dir", "run"]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=200)
     done = export(tmp_path / "run")
+    if variant == "branching":  # which has no graph: the line that is why is named
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "`if features.sum() > 0:`" in done.stderr.splitlines()[-1]
+        assert not any((tmp_path / "run" / name).exists() for name in FILES)
+        return
     assert done.returncode == 0, done.stderr
     about = json.loads((tmp_path / "run" / "policy.json").read_text())
     assert about["inputs"][0] == {"name": "obs", "shape": ["batch", 4, 84, 84], "dtype": "uint8"}
     assert about["action_meanings"][0] == "NOOP" and about["preprocessing"]["repeat_action_probability"] == 0.0
+
+
+# Clients in other languages and without PyTorch
+
+CLIENTS = Path(__file__).parent / "clients"
+OBS = np.random.default_rng(3).normal(size=(50, 4)).astype(np.float32)
+
+
+def assert_client_agrees(output, exported):
+    session = onnxruntime.InferenceSession(exported / "policy.onnx")
+    logits, value, action = session.run(None, {"obs": OBS})
+    rows = np.array([line.split() for line in output.splitlines()], dtype=np.float64)
+    np.testing.assert_array_equal(rows[:, 0], action)
+    np.testing.assert_allclose(rows[:, 1], value, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(rows[:, 2:], logits, rtol=1e-4, atol=1e-5)
+
+
+def numbers():
+    return "\n".join(" ".join(f"{x:.9g}" for x in row) for row in OBS)
+
+
+@pytest.mark.slow
+def test_python_client_without_torch(tmp_path):
+    run_dir, python = tmp_path / "run", tmp_path / "venv" / "bin" / "python"
+    subprocess.run([sys.executable, str(ROOT / "ppo_clip_discrete.py"), "--run-dir", str(run_dir)], check=True)
+    assert export(run_dir).returncode == 0
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    subprocess.run([str(python), "-m", "pip", "install", "-q", "onnxruntime", "gymnasium"], check=True)
+    assert subprocess.run([str(python), "-c", "import torch"], capture_output=True).returncode != 0
+    command = [str(python), str(CLIENTS / "play.py"), str(run_dir / "policy.onnx"), "CartPole-v1", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert float(done.stdout.removeprefix("mean return ")) >= 475, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("cmake"), reason="no cmake")
+def test_cpp_client(exported, tmp_path):
+    prefix = f"-DCMAKE_PREFIX_PATH={torch.utils.cmake_prefix_path}"
+    subprocess.run(["cmake", "-S", str(CLIENTS), "-B", str(tmp_path), "-DCMAKE_BUILD_TYPE=Release", prefix], check=True)
+    subprocess.run(["cmake", "--build", str(tmp_path)], check=True)
+    command = [str(tmp_path / "policy_client"), str(exported / "policy.torchscript.pt"), "4"]
+    done = subprocess.run(command, input=numbers(), capture_output=True, text=True, check=True)
+    assert_client_agrees(done.stdout, exported)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("npm"), reason="no npm")
+def test_javascript_client(exported, tmp_path):
+    for name in ("package.json", "policy_client.js"):
+        shutil.copy(CLIENTS / name, tmp_path)
+    skip_cuda = os.environ | {"ONNXRUNTIME_NODE_INSTALL_CUDA": "skip"}
+    subprocess.run(["npm", "install", "--no-audit", "--no-fund"], cwd=tmp_path, check=True, env=skip_cuda)
+    command = ["node", "policy_client.js", str(exported / "policy.onnx"), "4"]
+    done = subprocess.run(command, input=numbers(), capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert_client_agrees(done.stdout, exported)
