@@ -218,7 +218,8 @@ VARIANTS = {
     "branching": [
         (
             "        return self.policy_head(features)",
-            "        if features.sum() > 0:\n            features = -features\n        return self.policy_head(features)",
+            "        if features.sum() > 0:\n            features = -features\n"
+            "        return self.policy_head(features)",
         )
     ],
 }
