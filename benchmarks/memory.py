@@ -1,0 +1,67 @@
+"""Resident memory of a long run: after 20 iterations, and at the end of 200.
+
+    python benchmarks/memory.py
+
+Writes benchmarks/results/memory.json.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+ITERATIONS = 200
+RUNS = {
+    "ppo_clip_discrete.py": ("CartPole-v1", 2048, ""),
+    "ppo_clip_atari.py": ("ALE/Breakout-v5", 256, "--num-envs 8 --num-steps 32 --num-minibatches 2"),
+}
+# runs the script as `python script …` does, and prints the process's resident memory after each iteration
+WATCH = """
+import importlib.util, re, sys
+spec = importlib.util.spec_from_file_location("trainer", sys.argv[1])
+trainer = sys.modules["trainer"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(trainer)
+report = trainer.Report.iteration
+def iteration(*arguments):
+    report(*arguments)
+    print("resident", re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1], flush=True)
+trainer.Report.iteration = iteration
+sys.argv = sys.argv[1:]
+trainer.train(trainer.parse_args())
+"""
+
+
+def main() -> None:
+    record = {}
+    for script, (env_id, batch, flags) in RUNS.items():
+        with tempfile.TemporaryDirectory() as folder:
+            flags = f"--env-id {env_id} {flags} --total-timesteps {ITERATIONS * batch} --eval-episodes 0".split()
+            command = [sys.executable, "-c", WATCH, str(ROOT / script), *flags, "--run-dir", f"{folder}/run"]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        resident = [int(kib) / 1024 for kib in re.findall(r"^resident (\d+)", out, re.MULTILINE)]
+        after_20, at_end = resident[19], resident[-1]
+        record[script] = {
+            "flags": " ".join(flags),
+            "iterations": len(resident),
+            "resident_mib_after_20": round(after_20, 1),
+            "resident_mib_at_end": round(at_end, 1),
+            "growth": round(at_end / after_20 - 1, 4),
+        }
+        print(script, record[script], flush=True)
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    packages = ("torch", "gymnasium", "ale-py", "numpy")
+    record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    record["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    record["hardware"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    path = ROOT / "benchmarks" / "results" / "memory.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
