@@ -42,7 +42,22 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("trainer", paths, ids=lambda path: path.stem, indirect=True, scope="session")
 
 
+def variant_of(config, own: Path) -> ModuleType:
+    """The trainer `own`, or the variant of it that --script names."""
+    script = config.getoption("--script")
+    if script is None:
+        return load(own)
+    of_atari = "AtariVectorEnv" in Path(script).read_text()
+    if of_atari != ("atari" in own.name):
+        pytest.skip("--script names a variant of the other trainer")
+    return load(Path(script).resolve())
+
+
 def pytest_collection_modifyitems(config, items):
+    if config.getoption("--script"):
+        others = [item for item in items if not {"trainer", "atari", "script"} & set(item.fixturenames)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if item not in others]
     for item in items:
         if item.get_closest_marker("slow") and "slow" not in config.getoption("-m"):
             item.add_marker(pytest.mark.skip(reason="slow: ask for it with -m slow"))

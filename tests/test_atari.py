@@ -11,15 +11,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import load
+from conftest import variant_of
 
 SCRIPT = Path(__file__).parent.parent / "ppo_clip_atari.py"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def atari():
-    return load(SCRIPT)
+def atari(request):
+    return variant_of(request.config, SCRIPT)
 
 
 def tiny(atari, **changes):
@@ -166,25 +166,25 @@ def test_same_seed_same_parameters(atari, tmp_path):
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
 
-def test_the_vector_trainers_environment_is_refused(tmp_path):
+def test_the_vector_trainers_environment_is_refused(atari, tmp_path):
     for env_id in ("CartPole-v1", "ALE/Brekout-v5", "BrekoutNoFrameskip-v4"):
-        command = [sys.executable, str(SCRIPT), "--env-id", env_id, "--run-dir", str(tmp_path / "run")]
+        command = [sys.executable, atari.__file__, "--env-id", env_id, "--run-dir", str(tmp_path / "run")]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 2
         assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
         assert not (tmp_path / "run").exists()
 
 
-def test_trains_evaluates_films_and_resumes(tmp_path):
+def test_trains_evaluates_films_and_resumes(atari, tmp_path):
     run_dir = tmp_path / "run"
     small = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--total-timesteps", "96"]
-    command = [sys.executable, str(SCRIPT), "--env-id", "ALE/Pong-v5", "--run-dir", str(run_dir), *small]
+    command = [sys.executable, atari.__file__, "--env-id", "ALE/Pong-v5", "--run-dir", str(run_dir), *small]
     subprocess.run([*command, "--eval-episodes", "1", "--capture-video"], check=True, timeout=300)
     result = json.loads((run_dir / "result.json").read_text())
     assert -21 <= result["eval_return_mean"] <= 21 and result["global_step"] == 96
     assert (run_dir / "video.mp4").stat().st_size > 10_000
-    assert (run_dir / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
-    more = [sys.executable, str(SCRIPT), "--resume", str(run_dir), "--total-timesteps", "128"]
+    assert (run_dir / Path(atari.__file__).name).read_bytes() == Path(atari.__file__).read_bytes()
+    more = [sys.executable, atari.__file__, "--resume", str(run_dir), "--total-timesteps", "128"]
     subprocess.run(more, check=True, timeout=300)
     assert json.loads((run_dir / "result.json").read_text())["global_step"] == 128
 

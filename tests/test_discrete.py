@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, variant_of
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPT = ROOT / "ppo_clip_discrete.py"
@@ -55,8 +56,8 @@ gym.register("ScriptedInfinite-v0", Scripted, kwargs={"ending": "truncated", "re
 
 
 @pytest.fixture(scope="module")
-def script():
-    return load(SCRIPT)
+def script(request):
+    return variant_of(request.config, SCRIPT)
 
 
 def tiny(script, **changes):
@@ -303,7 +304,9 @@ def test_zero_learning_rate_learns_nothing(script, tmp_path):
 
 
 def test_run_folder(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--run-dir", str(tmp_path / "a" / "run"), "--eval-episodes", "2"])
+    monkeypatch.setattr(
+        sys, "argv", [script.__file__, "--run-dir", str(tmp_path / "a" / "run"), "--eval-episodes", "2"]
+    )
     sys.argv += ["--total-timesteps", "10240", "--no-cuda"]
     script.train(script.parse_args())
     run_dir = tmp_path / "a" / "run"
@@ -312,7 +315,7 @@ def test_run_folder(script, tmp_path, monkeypatch, capsys):
         run_dir=str(run_dir), eval_episodes=2, total_timesteps=10240, cuda=False
     )
     assert record["command"] == sys.argv and record["versions"]["torch"] == torch.__version__
-    assert (run_dir / SCRIPT.name).read_bytes() == SCRIPT.read_bytes()
+    assert (run_dir / Path(script.__file__).name).read_bytes() == Path(script.__file__).read_bytes()
     state = checkpoint(run_dir)
     assert state["iteration"] == 5 and state["global_step"] == 10240
     result = json.loads((run_dir / "result.json").read_text())
@@ -340,7 +343,7 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path, monkeypatch, capsys, e
     flags = "--num-envs 8 --num-steps 16 --eval-episodes 0 --no-cuda --checkpoint-interval 1"
     flags += " --target-entropy 0.5 --update-epochs 2"
     killed = tmp_path / "killed"
-    command = [sys.executable, str(SCRIPT), "--env-id", env_id, *flags.split(), "--run-dir", str(killed)]
+    command = [sys.executable, script.__file__, "--env-id", env_id, *flags.split(), "--run-dir", str(killed)]
     process = subprocess.Popen([*command, "--total-timesteps", str(args.total_timesteps)], stdout=subprocess.DEVNULL)
     deadline = time.time() + 60
     while not (killed / "checkpoint.prev.pt").exists():
@@ -352,7 +355,7 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path, monkeypatch, capsys, e
     assert 2 <= checkpoint(killed)["iteration"] < args.num_iterations
 
     script.train(dataclasses.replace(args, run_dir=str(tmp_path / "straight")))
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(killed)])
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(killed)])
     script.train(script.parse_args())
     assert "from step" in capsys.readouterr().out
     straight, resumed = checkpoint(tmp_path / "straight"), checkpoint(killed)
@@ -368,7 +371,7 @@ def test_damaged_checkpoints(script, tmp_path, monkeypatch, capsys):
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(run_dir)])
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(run_dir)])
     script.train(script.parse_args())  # goes on from the one before and comes to the same end
     out, err = capsys.readouterr()
     assert "from step 256" in out
@@ -418,7 +421,7 @@ def test_damaged_checkpoints(script, tmp_path, monkeypatch, capsys):
 )
 def test_bad_input_ends_with_one_line(script, tmp_path, monkeypatch, capfd, flags, part):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.split()])
+    monkeypatch.setattr(sys, "argv", [script.__file__, *flags.split()])
     with pytest.raises(SystemExit) as stop:
         script.train(script.parse_args())
     err = capfd.readouterr().err
@@ -436,7 +439,7 @@ def test_errors_of_a_run_folder(script, tmp_path, monkeypatch, capsys):
         f"--resume {run_dir} --gamma 0.9",
         f"--resume {run_dir} --total-timesteps 64",
     ):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *flags.split()])
+        monkeypatch.setattr(sys, "argv", [script.__file__, *flags.split()])
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             script.train(script.parse_args())
