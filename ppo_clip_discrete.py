@@ -97,7 +97,7 @@ class Args:
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
     """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
-    update_epochs: int = 6
+    update_epochs: int = 10
     """K, passes over the rollout an iteration"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
