@@ -22,7 +22,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = {
-    "discrete": dict(env_id="CartPole-v1", num_envs=64, num_steps=32, minibatch=512, epochs=6, total=40_960),
+    "discrete": dict(env_id="CartPole-v1", num_envs=64, num_steps=32, minibatch=512, epochs=10, total=40_960),
     "atari": dict(env_id="ALE/Breakout-v5", num_envs=8, num_steps=128, minibatch=256, epochs=4, total=10_240),
 }
 
