@@ -296,7 +296,7 @@ def latencies(policy: Policy, paths: list[Path], inputs: list[np.ndarray]) -> li
         for batch in (1, 8, 64, 256):
             for name, (runtime, size) in runtimes.items():
                 arrays, times = [x[:batch] for x in inputs], []
-                for _ in range(20):  # warm-up: TorchScript optimises in its first calls
+                for _ in range(50):  # warm-up: TorchScript optimises in its first calls
                     runtime(*arrays)
                 until = time.perf_counter() + 0.3
                 while len(times) < 50 or time.perf_counter() < until:

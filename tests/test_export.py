@@ -101,16 +101,27 @@ def everything(run_dir, tmp_path_factory):
     return folder
 
 
-def test_drawn_actions_follow_the_softmax(everything):
-    """Chi-square, 1 degree of freedom: 10.83 is exceeded once in 1,000 by chance."""
-    session = onnxruntime.InferenceSession(everything / "policy.onnx")
-    uniform = np.random.default_rng(5).random((100_000, 2), dtype=np.float32)
-    for angle in (-0.02, 0.0, 0.02):
-        obs = np.tile(np.array([0.1, 0.0, angle, -angle], np.float32), (100_000, 1))
-        logits, _, action = session.run(None, {"obs": obs, "uniform": uniform})
-        expected = 100_000 * np.exp(logits[0]) / np.exp(logits[0]).sum()
-        assert 1_000 < expected[0] < 99_000  # both actions count
-        assert (np.square(np.bincount(action, minlength=2) - expected) / expected).sum() < 10.83
+class Fixed(torch.nn.Module):
+    """A network whose logits are its observation."""
+
+    def forward(self, obs):
+        return obs * 1.0, obs.sum(-1)
+
+
+def test_drawn_actions_follow_the_softmax(tmp_path):
+    """Chi-square, 3 degrees of freedom: 16.27 is exceeded once in 1,000 by chance. Two actions would not do: their
+    noise's difference is symmetric, so that a wrong sign would pass."""
+    exporter = load(ROOT / "export_policy.py")
+    rows = torch.zeros(2, 4), torch.full((2, 4), 0.5)
+    program = exporter.trace(exporter.Policy(Fixed()).eval(), rows, Path(__file__))
+    exporter.export_onnx(program, ["obs", "uniform"], {}, tmp_path / "policy.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "policy.onnx")
+    uniform = np.random.default_rng(5).random((100_000, 4), dtype=np.float32)
+    for logits in ([0.0, 0.0, 0.0, 0.0], [0.0, 1.0, -1.0, 0.5], [3.0, 0.0, 1.0, -1.0]):
+        obs = np.tile(np.array(logits, np.float32), (100_000, 1))
+        action = session.run(["action"], {"obs": obs, "uniform": uniform})[0]
+        expected = 100_000 * np.exp(logits) / np.exp(logits).sum()
+        assert (np.square(np.bincount(action, minlength=4) - expected) / expected).sum() < 16.27
 
 
 def test_files_play_as_pytorch_plays(everything):

@@ -240,6 +240,18 @@ def test_a_whole_checkpoint_of_something_else(finished, tmp_path, state):
     assert process.returncode == 2 and err.count("\n") == 1 and "is not of this script and environment" in err
 
 
+def test_another_source_gets_a_warning_and_goes_on_without_a_gap(finished, tmp_path):
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    with open(tmp_path / DISCRETE.name, "a") as snapshot:
+        snapshot.write("# changed\n")
+    process = start(DISCRETE, "--resume", tmp_path, "--total-timesteps", 768)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert err == f"warning: {DISCRETE.name} is not the source that began this run\n"
+    assert logged_steps(tmp_path) == [128, 256, 384, 512, 640, 768]
+
+
 # Full disks
 
 
