@@ -38,3 +38,12 @@ def test_the_onnxruntime_example_plays(tmp_path):
 def test_help_ends_well(name):
     done = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "usage:" in done.stdout and done.stderr == ""
+
+
+def test_script_option_tests_the_copy(tmp_path):
+    source = (ROOT / "ppo_clip_atari.py").read_text()
+    for name, text, code in (("good", source, 0), ("broken", source.replace("gamma * next_values", "next_values"), 1)):
+        (tmp_path / f"{name}.py").write_text(text)
+        command = [sys.executable, "-m", "pytest", "-q", f"--script={tmp_path / name}.py", "-k", "gae"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stdout
