@@ -29,13 +29,16 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
@@ -46,6 +49,7 @@ from tqdm import tqdm
 
 ENT_COEF_BOUNDS = (1e-5, 0.5)  # --target-entropy keeps c2 in these
 ENT_COEF_RATE = 0.5  # and moves log c2 by this much an iteration, times the share of the entropy that is missing
+RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank under torchrun waits for the others
 
 
 @dataclass(frozen=True)
@@ -121,6 +125,10 @@ class Args:
     """adapt c2 so that the policy's mean entropy (nats) holds near this"""
 
     @property
+    def local_envs(self) -> int:
+        return self.num_envs // ranks()[1]
+
+    @property
     def batch_size(self) -> int:
         return self.num_envs * self.num_steps
 
@@ -131,6 +139,76 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks that torchrun started: (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def start_ranks(args: Args) -> torch.device:
+    """This rank's device; joins the other ranks where torchrun started any (NCCL between GPUs, gloo between CPUs)."""
+    on_gpu = args.cuda and torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=RANK_TIMEOUT)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what all ranks do at once: a rank that is gone or hangs ends the others in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        fail(f"rank {ranks()[0]} waited in vain for the other ranks: {error}", code=1)
+
+
+def all_mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean of `x` over all ranks, in place."""
+    if dist.is_initialized():
+        with together():
+            dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def gather(value: Any) -> list:
+    """Every rank's `value`, in the order of ranks."""
+    values = [value] * ranks()[1]
+    if dist.is_initialized():
+        with together():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(function: Callable[[], Any]) -> Any:
+    """What `function` returns on rank 0, which alone calls it, on every rank."""
+    values = [function() if ranks()[0] == 0 else None]
+    if dist.is_initialized():
+        with together():
+            dist.broadcast_object_list(values)
+    return values[0]
+
+
+def moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
+    mean = all_mean(rows.mean(0))
+    return mean, all_mean((rows - mean).square().mean(0))
+
+
+def broadcast(agent: nn.Module) -> None:
+    """Gives every rank the parameters and statistics of rank 0."""
+    if dist.is_initialized():
+        with together():
+            for tensor in agent.state_dict().values():
+                dist.broadcast(tensor, 0)
+
+
+def digest(agent: nn.Module) -> str:
+    """sha256 of all parameters and statistics: the ranks' must be the same."""
+    return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in agent.state_dict().values())).hexdigest()
 
 
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
@@ -150,12 +228,14 @@ class RunningStats(nn.Module):
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
     def update(self, rows: torch.Tensor) -> None:
-        """Takes in `rows` (n, *shape)."""
-        delta = rows.mean(0) - self.mean
-        share = (len(rows) / (self.count + len(rows))).float()  # of the new rows in all rows
-        self.var.copy_((1 - share) * self.var + share * rows.var(0, correction=0) + share * (1 - share) * delta**2)
+        """Takes in every rank's `rows` (n, *shape)."""
+        mean, var = moments(rows.double())
+        count = len(rows) * ranks()[1]
+        share = count / (self.count + count)  # of the new rows in all rows
+        delta = mean - self.mean
+        self.var.copy_((1 - share) * self.var + share * var + share * (1 - share) * delta**2)
         self.mean += share * delta
-        self.count += len(rows)
+        self.count += count
 
 
 class Agent(nn.Module):
@@ -201,6 +281,7 @@ class Replayable(gym.Wrapper):
         return self.env.reset(options=options)
 
     def step(self, action):
+        action = int(action)  # a plain number passes an environment's checks sooner than NumPy's
         self.actions.append(action)
         return self.env.step(action)
 
@@ -256,17 +337,22 @@ def to_tensor(obs: np.ndarray, device: torch.device) -> torch.Tensor:
 
 
 class Rollout:
-    """Buffer of one iteration on the training device: row t holds what pi_old saw and did at step t."""
+    """Buffer of one iteration on the training device: row t holds what pi_old saw and did at step t.
+
+    Row T is where the rollout stops: its action is not played.
+    """
 
     def __init__(self, args: Args, envs: VectorEnv, device: torch.device):
-        T, N, A = args.num_steps, args.num_envs, int(envs.single_action_space.n)
+        T, N, A = args.num_steps, args.local_envs, int(envs.single_action_space.n)
         obs = to_tensor(envs.observation_space.sample(), device)
-        self.obs = torch.zeros((T, *obs.shape), dtype=obs.dtype, device=device)  # (T, N, *shape) raw observations
-        self.actions = torch.zeros((T, N), dtype=torch.int64, device=device)  # (T, N)
-        self.logits = torch.zeros((T, N, A), device=device)  # (T, N, A) of pi_old
-        self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old, the last row where the rollout stops
+        self.idx = torch.arange((T + 1) * N, device=device).view(T + 1, N)  # (T+1, N) a transition's number
+        self.obs = torch.zeros((T + 1, *obs.shape), dtype=obs.dtype, device=device)  # (T+1, N, *shape) raw
+        self.actions = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # (T+1, N)
+        self.log_probs = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) of pi_old, all actions
+        self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old
         self.final_values = torch.zeros((T, N), device=device)  # (T, N) V_old(final observation) where truncated
         self.rewards = torch.zeros((T, N), device=device)  # (T, N) training reward
+        self.returns = torch.zeros((T, N), device=device)  # (T, N) V^targ
         self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
         self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
 
@@ -276,16 +362,15 @@ class Rollout:
 
 
 class Episodes:
-    """The N episodes in progress, where they stand and what they scored, and the scores of the last 100 that ended."""
+    """The N episodes in progress: where they stand and what they scored."""
 
-    def __init__(self, envs: VectorEnv, seeds: np.ndarray):
+    def __init__(self, envs: SyncVectorEnv, seeds: np.ndarray):
         self.envs = envs
         self.obs = envs.reset(seed=seeds.tolist())[0].copy()  # (N, *shape)
         self.returns = np.zeros(envs.num_envs)  # score so far
         self.lengths = np.zeros(envs.num_envs, dtype=np.int64)  # steps so far
         self.discounted = np.zeros(envs.num_envs)  # discounted return so far, for the reward's scale
-        self.recent: deque[float] = deque(maxlen=100)
-        self.ended: list[tuple[float, int]] = []  # (return, length) of episodes that ended in this iteration
+        self.ended: list[tuple[float, int]] = []  # (return, length) of episodes that ended
 
     def add(self, rewards: np.ndarray, over: np.ndarray) -> None:
         """Counts one step of each environment, raw `rewards` (N,) and whether the episode is `over` (N,)."""
@@ -293,54 +378,74 @@ class Episodes:
         self.lengths += 1
         for n in np.flatnonzero(over):
             self.ended.append((float(self.returns[n]), int(self.lengths[n])))
-            self.recent.append(float(self.returns[n]))
         self.returns[over] = 0.0
         self.lengths[over] = 0
 
-    def state_dict(self) -> dict:
-        return {
-            "obs": torch.from_numpy(self.obs),
-            "returns": torch.from_numpy(self.returns),
-            "lengths": torch.from_numpy(self.lengths),
-            "discounted": torch.from_numpy(self.discounted),
-            "recent": list(self.recent),
-            "environments": [env.state_dict() for env in self.envs.envs],
-        }
+    def take_ended(self) -> list[tuple[float, int]]:
+        """The episodes that ended since the last call."""
+        ended, self.ended = self.ended, []
+        return ended
 
-    def load_state_dict(self, state: dict) -> None:
-        """Plays every environment to where it stood; those that do not get there again restart their episode."""
-        self.recent.extend(state["recent"])
-        obs = np.stack([e.load_state_dict(s) for e, s in zip(self.envs.envs, state["environments"])])
-        if not np.array_equal(obs, state["obs"].numpy(), equal_nan=True):
+    def state_dict(self) -> list[dict]:
+        """One dict an environment."""
+        return [
+            {
+                "obs": torch.tensor(self.obs[n]),
+                "return": float(self.returns[n]),
+                "length": int(self.lengths[n]),
+                "discounted": float(self.discounted[n]),
+                "environment": env.state_dict(),
+            }
+            for n, env in enumerate(self.envs.envs)
+        ]
+
+    def load_state_dict(self, states: list[dict]) -> None:
+        """Plays every environment to where it stood; where one does not get there again, all restart their episodes."""
+        obs = np.stack([e.load_state_dict(s["environment"]) for e, s in zip(self.envs.envs, states)])
+        if not np.array_equal(obs, torch.stack([s["obs"] for s in states]).numpy(), equal_nan=obs.dtype.kind == "f"):
             print("warning: the environments are not reproducible from np_random and actions: episodes restart")
             self.obs = self.envs.reset()[0].copy()
             return
         self.obs = obs
-        self.returns, self.lengths = state["returns"].numpy(), state["lengths"].numpy()
-        self.discounted = state["discounted"].numpy()
+        self.returns, self.discounted = (np.array([s[k] for s in states]) for k in ("return", "discounted"))
+        self.lengths = np.array([s["length"] for s in states])
+
+    def close(self) -> None:
+        self.envs.close()
 
 
 @torch.no_grad()
-def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args) -> None:
+def act(agent: Agent, rollout: Rollout, idx: torch.Tensor) -> torch.Tensor:
+    """pi_old's actions (n,) in the states `idx` (n,) of the rollout, kept there with log-probabilities and values."""
+    logits, values = agent(rollout.observations(idx))
+    actions = sample(logits)
+    rollout.actions.view(-1)[idx] = actions
+    rollout.log_probs.flatten(0, 1)[idx] = logits.log_softmax(-1)
+    rollout.values.view(-1)[idx] = values
+    return actions
+
+
+@torch.no_grad()
+def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act: Callable = act) -> None:
     """Phase 1: pi_old plays T steps in N environments and fills `rollout`."""
     device = rollout.values.device
-    T, N = rollout.actions.shape
+    T, N = rollout.rewards.shape
     rewards = np.zeros((T, N), dtype=np.float32)
     discounted = np.zeros((T, N), dtype=np.float32)
     terminated, truncated = np.zeros((2, T, N), dtype=bool)
     final_obs = []  # of the truncated episodes, in the order of np.nonzero(cut)
     for t in range(T):
         rollout.obs[t] = to_tensor(episodes.obs, device)
-        rollout.logits[t], rollout.values[t] = agent(rollout.obs[t])
-        rollout.actions[t] = sample(rollout.logits[t])
-        episodes.obs, reward, terminated[t], truncated[t], info = step(episodes.envs, rollout.actions[t])
+        actions = act(agent, rollout, rollout.idx[t])
+        episodes.obs, reward, terminated[t], truncated[t], info = step(episodes.envs, actions)
         over = terminated[t] | truncated[t]
         rewards[t] = reward
         discounted[t] = episodes.discounted = args.gamma * episodes.discounted + reward
         episodes.discounted[over] = 0.0
         episodes.add(reward, over)
         final_obs.extend(info["final_obs"][n] for n in np.flatnonzero(truncated[t] & ~terminated[t]))
-    rollout.values[T] = agent(to_tensor(episodes.obs, device))[1]
+    rollout.obs[T] = to_tensor(episodes.obs, device)
+    act(agent, rollout, rollout.idx[T])
     if final_obs:
         cut = np.nonzero(truncated & ~terminated)
         rollout.final_values[cut] = agent(to_tensor(np.stack(final_obs), device))[1]
@@ -357,12 +462,19 @@ def sample(logits: torch.Tensor, generator: torch.Generator | None = None) -> to
     return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
 
 
-def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
-    """`envs.step` with actions (N,) from any device; an environment that dies ends the run with its own message."""
+@contextlib.contextmanager
+def environments() -> Iterator[None]:
+    """An environment that dies ends the run with its own message."""
     try:
-        return envs.step(actions.cpu().numpy())
+        yield
     except Exception as error:
         fail(f"the environment died: {type(error).__name__}: {error}; the last checkpoint is intact", code=1)
+
+
+def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
+    """`envs.step` with actions (N,) from any device."""
+    with environments():
+        return envs.step(actions.cpu().numpy())
 
 
 def compute_gae(
@@ -398,7 +510,7 @@ def ppo_clip_loss(
     old_values: torch.Tensor,
     advantages: torch.Tensor,
     returns: torch.Tensor,
-    ent_coef: float,
+    ent_coef: torch.Tensor | float,
     args: Args,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """-L of PPO-Clip (Schulman et al. 2017, equations 7 and 9), to be minimised, and its metrics.
@@ -409,8 +521,6 @@ def ppo_clip_loss(
     log_probs = logits.log_softmax(-1)
     log_ratio = (log_probs - old_log_probs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
     ratio = log_ratio.exp()
-    if args.norm_adv:
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
     policy_loss = -torch.min(ratio * advantages, clipped_ratio * advantages).mean()
 
@@ -440,57 +550,112 @@ def categorical_kl(old_log_probs: torch.Tensor, log_probs: torch.Tensor) -> torc
     return (old_log_probs.exp() * (old_log_probs - log_probs)).sum(-1)
 
 
+class ClippedAdam(torch.optim.Adam):
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on one flat gradient, which all ranks average and whose norm is clipped.
+
+    Every parameter's `.grad` is a view of `gradient` (P,). From a gradient that is not finite on, parameters stay as
+    they were: `found_inf` makes the fused Adam skip its step, without a host sync.
+    """
+
+    def __init__(self, agent: nn.Module, args: Args):
+        params = list(agent.parameters())
+        device = params[0].device
+        lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a captured step reads the current one
+        super().__init__(params, lr, eps=1e-5, fused=True, capturable=device.type == "cuda")
+        self.max_grad_norm = args.max_grad_norm
+        self.gradient = torch.zeros(sum(p.numel() for p in params), device=device)
+        for p, part in zip(params, self.gradient.split([p.numel() for p in params])):
+            p.grad = part.as_strided(p.shape, p.stride())
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
+
+    @property
+    def lr(self) -> torch.Tensor:
+        return self.param_groups[0]["lr"]
+
+    def load_state_dict(self, state: dict) -> None:
+        lr = self.lr
+        super().load_state_dict(state)
+        self.param_groups[0]["lr"] = lr
+
+    def descend(self, loss: torch.Tensor) -> torch.Tensor:
+        """One step down the gradient of `loss`; returns the gradient's norm before clipping."""
+        self.gradient.zero_()
+        loss.backward()
+        norm = all_mean(self.gradient).norm()
+        self.gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        self.found_inf.copy_(torch.maximum(self.found_inf, (~norm.isfinite()).float()))
+        self.step()
+        return norm
+
+
+def learn(
+    agent: Agent,
+    optimizer: ClippedAdam,
+    rollout: Rollout,
+    idx: torch.Tensor,
+    advantages: torch.Tensor,
+    ent_coef: torch.Tensor,
+    args: Args,
+) -> dict[str, torch.Tensor]:
+    """One gradient step on the transitions `idx` (B,) with normalised `advantages` (B,). Returns the metrics."""
+    logits, values = agent(rollout.observations(idx))
+    loss, metrics = ppo_clip_loss(
+        logits,
+        values,
+        rollout.actions.view(-1)[idx],
+        rollout.log_probs.flatten(0, 1)[idx],
+        rollout.values.view(-1)[idx],
+        advantages,
+        rollout.returns.view(-1)[idx],
+        ent_coef,
+        args,
+    )
+    return metrics | {"grad_norm": optimizer.descend(loss), "finite": 1 - optimizer.found_inf}
+
+
+def normalise(advantages: torch.Tensor) -> torch.Tensor:
+    """Each minibatch, a row of `advantages` (M, B), with mean 0 and standard deviation 1 over all ranks' rows."""
+    mean, variance = moments(advantages.T)
+    count = advantages.shape[1] * ranks()[1]
+    return (advantages - mean.unsqueeze(1)) / ((variance * count / (count - 1)).sqrt() + 1e-8).unsqueeze(1)
+
+
 def update(
     agent: Agent,
-    optimizer: torch.optim.Optimizer,
+    optimizer: ClippedAdam,
     rollout: Rollout,
     advantages: torch.Tensor,
     returns: torch.Tensor,
     ent_coef: float,
     args: Args,
+    learn: Callable = learn,
 ) -> tuple[dict[str, float], float]:
     """Phase 2: K epochs of minibatches drawn uniformly without replacement. Returns mean metrics and the next c2.
 
-    A loss or gradient that is not finite leaves the parameters as they were from there on: a fused Adam skips its step
-    while `found_inf` is 1, without a host sync, and the metric `finite` is below 1.
+    A gradient that is not finite leaves the parameters as they were from there on, and the metric `finite` below 1.
     """
-    old_log_probs = rollout.logits.log_softmax(-1).flatten(0, 1)
-    actions, old_values = rollout.actions.flatten(), rollout.values[:-1].flatten()
-    advantages, returns = advantages.flatten(), returns.flatten()
     params = list(agent.parameters())
-    optimizer.found_inf = torch.zeros((), device=actions.device)
+    old_values = rollout.values[:-1].clone()
+    advantages, minibatches = advantages.flatten(), (args.num_minibatches, -1)
+    rollout.returns.copy_(returns)
+    optimizer.found_inf.zero_()
+    c2 = torch.tensor(ent_coef, device=advantages.device)
     history = []
     trust_region = {}
     for _ in range(args.update_epochs):
         before = [p.detach().clone() for p in params] if args.target_kl is not None else []
-        for idx in torch.randperm(args.batch_size, device=actions.device).split(args.minibatch_size):
-            logits, values = agent(rollout.observations(idx))
-            loss, metrics = ppo_clip_loss(
-                logits,
-                values,
-                actions[idx],
-                old_log_probs[idx],
-                old_values[idx],
-                advantages[idx],
-                returns[idx],
-                ent_coef,
-                args,
-            )
-            optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(params, args.max_grad_norm)
-            finite = torch.isfinite(loss.detach() + grad_norm)
-            optimizer.found_inf = torch.maximum(optimizer.found_inf, 1.0 - finite.float())
-            optimizer.step()
-            history.append(torch.stack([*metrics.values(), grad_norm, 1 - optimizer.found_inf]))
+        order = torch.randperm(len(advantages), device=advantages.device).view(minibatches)
+        shuffled = normalise(advantages[order]) if args.norm_adv else advantages[order]
+        for idx, minibatch_advantages in zip(order, shuffled):
+            metrics = learn(agent, optimizer, rollout, idx, minibatch_advantages, c2, args)
+            history.append(torch.stack([*metrics.values()]))
         if args.target_kl is not None:
-            trust_region = backtrack(agent, params, before, rollout, old_log_probs, args)
+            trust_region = backtrack(agent, params, before, rollout, args)
             if trust_region["step_fraction"] < 1.0:
                 break
-    residual = returns - old_values
-    explained = 1 - residual.var() / returns.var()
-    means = torch.cat([torch.stack(history).mean(0), explained.unsqueeze(0)]).tolist()
-    metrics = dict(zip([*metrics, "grad_norm", "finite", "explained_variance"], means)) | trust_region
+    explained = 1 - moments((returns - old_values).flatten())[1] / moments(returns.flatten())[1]
+    means = torch.cat([all_mean(torch.stack(history).mean(0)), explained.unsqueeze(0)]).tolist()
+    metrics = dict(zip([*metrics, "explained_variance"], means)) | trust_region
     if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
         ent_coef *= math.exp(ENT_COEF_RATE * (1 - metrics["entropy"] / args.target_entropy))
         ent_coef = min(max(ent_coef, ENT_COEF_BOUNDS[0]), ENT_COEF_BOUNDS[1])
@@ -499,29 +664,58 @@ def update(
 
 @torch.no_grad()
 def backtrack(
-    agent: Agent,
-    params: list[torch.Tensor],
-    before: list[torch.Tensor],
-    rollout: Rollout,
-    old_log_probs: torch.Tensor,
-    args: Args,
+    agent: Agent, params: list[torch.Tensor], before: list[torch.Tensor], rollout: Rollout, args: Args
 ) -> dict[str, float]:
     """Halves the epoch's step from `before` until mean KL(pi_old || pi) <= target_kl (TRPO's line search, appendix C).
 
     Returns the KL over the whole batch and the fraction of the step that was kept, 0 if ten halvings were not enough.
     """
     after = [p.clone() for p in params]
+    old_log_probs = rollout.log_probs[:-1].flatten(0, 1)
+    minibatches = torch.arange(len(old_log_probs), device=old_log_probs.device).view(args.num_minibatches, -1)
     for fraction in [1.0, *(0.5**k for k in range(1, 11)), 0.0]:
         for p, start, end in zip(params, before, after):
             p.copy_(start.lerp(end, fraction))
-        kl = 0.0
-        for idx in torch.arange(args.batch_size, device=old_log_probs.device).split(args.minibatch_size):
+        kls = []
+        for idx in minibatches:
             log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
-            kl += categorical_kl(old_log_probs[idx], log_probs).sum()
-        kl = float(kl) / args.batch_size
+            kls.append(categorical_kl(old_log_probs[idx], log_probs).mean())
+        kl = float(all_mean(torch.stack(kls).mean()))
         if kl <= args.target_kl:
             break
     return {"kl_after_update": kl, "step_fraction": fraction}
+
+
+class Graph:
+    """`function` as one CUDA graph: launching its many small kernels takes longer than running them.
+
+    The first calls run it as it is, on a side stream, as capturing asks (PyTorch's notes on CUDA graphs); then its
+    kernels are recorded once and replayed on the same memory, random numbers going on. Tensors are copied in, all
+    other arguments must stay the same; the next call overwrites the result.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            self.inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+        for mine, given in zip(self.inputs, inputs):
+            if isinstance(mine, torch.Tensor):
+                mine.copy_(given)
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.result = self.function(*self.inputs)
+        self.graph.replay()
+        return self.result
 
 
 @torch.no_grad()
@@ -615,6 +809,13 @@ def load_checkpoint(run_dir: Path) -> dict | None:
     return None
 
 
+def seed_all(seed: int) -> None:
+    """Seeds every global random number generator."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def get_random_states() -> dict:
     """State of every global random number generator, in plain types."""
     kind, keys, *rest = np.random.get_state()
@@ -622,7 +823,7 @@ def get_random_states() -> dict:
         "python": random.getstate(),
         "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None,
     }
 
 
@@ -631,8 +832,8 @@ def set_random_states(state: dict) -> None:
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(state["torch"])
-    if len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] is not None and torch.cuda.is_initialized():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def open_run(args: Args) -> Path:
@@ -701,12 +902,15 @@ def cli(default: Args) -> Args:
 def parse_args() -> Args:
     """The command line, checked; beside --resume, the run's own arguments."""
     args = cli(Args())
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
+    if restarted and args.run_dir and (Path(args.run_dir) / "args.json").exists():
+        args = dataclasses.replace(args, resume=args.run_dir)
     if args.resume:
         try:
             saved = Args(**json.loads((Path(args.resume) / "args.json").read_text())["args"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--resume {args.resume} holds no run of this script: {error}")
-        saved = dataclasses.replace(saved, resume=args.resume, run_dir=None)
+        saved = dataclasses.replace(saved, resume=args.resume, run_dir=args.run_dir if restarted else None)
         args = cli(saved)
         for field in dataclasses.fields(Args):
             old, new = getattr(saved, field.name), getattr(args, field.name)
@@ -718,7 +922,7 @@ def parse_args() -> Args:
 
 def check(args: Args) -> None:
     """Ends with one line where an argument cannot work."""
-    inf = math.inf
+    inf, world = math.inf, ranks()[1]
     rules = [
         (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
         (args.checkpoint_interval >= 1, "--checkpoint-interval must be at least 1"),
@@ -734,6 +938,10 @@ def check(args: Args) -> None:
         (
             args.num_minibatches >= 1 and args.minibatch_size >= 2,
             "a minibatch needs at least 2 transitions: lower --num-minibatches or raise --num-envs or --num-steps",
+        ),
+        (
+            args.num_envs % world == 0 and args.batch_size // world % max(args.num_minibatches, 1) == 0,
+            f"--num-envs and the minibatch size, num_envs * num_steps / num_minibatches, must divide by {world} ranks",
         ),
         (
             args.total_timesteps >= args.batch_size,
@@ -759,12 +967,32 @@ def check(args: Args) -> None:
             fail(message)
 
 
+def catch_signals() -> list[int]:
+    """A list that SIGTERM and SIGINT enter; a later one does not wait for the iteration's end.
+
+    One that follows within half a second is torchrun passing on what the terminal sent to all processes.
+    """
+    caught: list[int] = []
+    first = [0.0]
+
+    def catch(number: int, _: Any) -> None:
+        if caught and time.time() - first[0] > 0.5:
+            os._exit(128 + number)
+        first[0] = first[0] if caught else time.time()
+        caught.append(number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, catch)
+    return caught
+
+
 class Report:
     """What a run tells while it trains: TensorBoard (CleanRL's tags), a progress bar, or lines where no terminal is."""
 
-    def __init__(self, args: Args, run_dir: Path, global_step: int, timed: list):
+    def __init__(self, args: Args, run_dir: Path, global_step: int, timed: list, recent: list):
         self.total = args.num_iterations * args.batch_size
         self.timed = timed  # [steps, seconds] that SPS counts
+        self.recent: deque[float] = deque(recent, maxlen=100)  # scores of the last episodes
         self.skip = 2  # iterations that warm up, not counted
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
         threading.excepthook = lambda error: None  # the writer's thread: `iteration` meets its error and tells it
@@ -772,19 +1000,19 @@ class Report:
         self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=not self.terminal)
         self.tick = self.last_line = time.time()
 
-    def iteration(self, global_step: int, charts: dict, losses: dict, episodes: Episodes) -> None:
-        """Writes one iteration's numbers; `episodes` gives the scores of those that ended in it."""
+    def iteration(self, global_step: int, charts: dict, losses: dict, ended: list[tuple[float, int]]) -> None:
+        """Writes one iteration's numbers; `ended` has return and length of each episode that ended in it."""
         now = time.time()
         self.skip -= 1
         if self.skip < 0:
             self.timed = [self.timed[0] + global_step - self.step, self.timed[1] + now - self.tick]
             charts["SPS"] = self.timed[0] / self.timed[1]
         self.tick, self.step = now, global_step
-        if episodes.ended:
-            charts["episodic_return"], charts["episodic_length"] = np.mean(episodes.ended, axis=0)
-            episodes.ended.clear()
-        if episodes.recent:
-            charts["episodic_return_100"] = np.mean(episodes.recent)
+        if ended:
+            charts["episodic_return"], charts["episodic_length"] = np.mean(ended, axis=0)
+            self.recent.extend(score for score, _ in ended)
+        if self.recent:
+            charts["episodic_return_100"] = np.mean(self.recent)
         try:
             for tag, value in charts.items():
                 self.writer.add_scalar(f"charts/{tag}", value, global_step)
@@ -834,47 +1062,53 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, second
 def train(args: Args) -> None:
     """Algorithm 1 of Schulman et al. 2017: play, estimate advantages, climb L for K epochs, and again."""
     started = time.time()
-    random.seed(args.seed)
-    np.random.seed(args.seed)
-    torch.manual_seed(args.seed)
+    device = start_ranks(args)
+    rank, world = ranks()
+    seed_all(args.seed)  # every rank makes the same network
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(1)  # the network is too small to share between cores
-    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
 
-    envs = make_envs(args, args.num_envs)
+    envs = make_envs(args, args.local_envs)
     agent = Agent(envs).to(device)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     rollout = Rollout(args, envs, device)
-    episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs))
+    optimizer = ClippedAdam(agent, args)
+    mine = slice(rank * args.local_envs, (rank + 1) * args.local_envs)  # this rank's environments
+    episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs)[mine])
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
-    done, seconds, timed = 0, 0.0, [0, 0.0]  # iterations and wall time of earlier starts, [steps, seconds] of the SPS
+    done, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # of earlier starts: iterations, wall time, see Report
 
-    run_dir = open_run(args)
-    if args.resume and (state := load_checkpoint(run_dir)) is not None:
+    run_dir = from_rank_0(lambda: open_run(args))
+    state = from_rank_0(lambda: load_checkpoint(run_dir)) if args.resume else None
+    if state is not None:
         try:
             agent.load_state_dict(state["agent"])
             optimizer.load_state_dict(state["optimizer"])
-            episodes.load_state_dict(state["episodes"])
-            set_random_states(state["random"])
-            done, seconds, timed, ent_coef = (state[k] for k in ("iteration", "seconds", "timed", "ent_coef"))
+            episodes.load_state_dict(state["episodes"][mine])
+            done, seconds, timed, recent, ent_coef = (
+                state[k] for k in ("iteration", "seconds", "timed", "recent", "ent_coef")
+            )
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             fail(f"the checkpoint in {run_dir} is not of this script and environment: {error}")
-    print(
-        f"{args.env_id} on {device}, {run_dir}" + (f", from step {done * args.batch_size}" if done else ""), flush=True
-    )
-    start_wandb(args, run_dir)
-    report = Report(args, run_dir, done * args.batch_size, timed)
-    stop_signals: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):  # the second one does not wait for the iteration's end
-        signal.signal(number, lambda n, _: os._exit(128 + n) if stop_signals else stop_signals.append(n))
+    broadcast(agent)
+    seed_all(int(env_seeds(args.seed, 3 + done, world)[rank]))  # from here on every rank draws its own numbers
+    if state is not None and len(state["random"]) == world:
+        set_random_states(state["random"][rank])
+    if rank == 0:
+        where = f"{world} x {device.type}" if world > 1 else str(device)
+        print(f"{args.env_id} on {where}, {run_dir}" + f", from step {done * args.batch_size}" * (done > 0), flush=True)
+        start_wandb(args, run_dir)
+        report = Report(args, run_dir, done * args.batch_size, timed, recent)
+    stop_signals = catch_signals()
+    play, estimate, climb = map(Graph if device.type == "cuda" else lambda f: f, (act, compute_gae, learn))
 
     for iteration in range(done + 1, args.num_iterations + 1):
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - (iteration - 1) / args.num_iterations)
-        charts = {"learning_rate": optimizer.param_groups[0]["lr"], "ent_coef": ent_coef}
+        lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1)
+        optimizer.lr.fill_(lr)
+        charts = {"learning_rate": lr, "ent_coef": ent_coef}
 
-        collect(agent, episodes, rollout, args)
-        advantages, returns = compute_gae(
+        collect(agent, episodes, rollout, args, play)
+        ended = [episode for part in gather(episodes.take_ended()) for episode in part]
+        advantages, returns = estimate(
             rollout.rewards,
             rollout.values,
             rollout.final_values,
@@ -883,8 +1117,8 @@ def train(args: Args) -> None:
             args.gamma,
             args.gae_lambda,
         )
-        losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args)
-        if losses["finite"] < 1:
+        losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args, climb)
+        if losses["finite"] < 1 or not math.isfinite(losses["loss"]):
             names = ", ".join(tag for tag, value in losses.items() if not math.isfinite(value)) or "the gradient"
             fail(
                 f"iteration {iteration}: not finite: {names}. Lower --learning-rate, or look for rewards and "
@@ -892,32 +1126,43 @@ def train(args: Args) -> None:
                 code=1,
             )
         if args.norm_obs and not agent.one_hot:  # not within an iteration, where pi_old and pi must see alike
-            agent.obs_stats.update(rollout.obs.flatten(0, 1).flatten(1))
+            agent.obs_stats.update(rollout.obs[:-1].flatten(0, 1).flatten(1))
 
         global_step = iteration * args.batch_size
-        report.iteration(global_step, charts, losses, episodes)
-        if iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations or stop_signals:
-            state = {
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "episodes": episodes.state_dict(),
-                "random": get_random_states(),
-                "iteration": iteration,
-                "global_step": global_step,
-                "seconds": seconds + time.time() - started,
-                "timed": report.timed,
-                "ent_coef": ent_coef,
-                "args": dataclasses.asdict(args),
-                "versions": versions(),
-            }
-            save_checkpoint(run_dir, state)
-        if stop_signals:
-            report.close()
-            print(f"stopped at step {global_step}: go on with --resume {run_dir}")
-            raise SystemExit(128 + stop_signals[0])
-    report.close()
-    envs.close()
-    finish(agent, args, run_dir, device, seconds + time.time() - started, report)
+        if rank == 0:
+            report.iteration(global_step, charts, losses, ended)
+        stopping = bool(all_mean(torch.tensor(float(len(stop_signals)))) > 0)
+        if iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations or stopping:
+            if len(set(gather(digest(agent)))) > 1:
+                fail(f"iteration {iteration}: the ranks' parameters differ; go on with --resume {run_dir}", code=1)
+            parts = gather((episodes.state_dict(), get_random_states()))
+            if rank == 0:
+                state = {
+                    "agent": agent.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "episodes": [episode for part, _ in parts for episode in part],  # of all environments
+                    "random": [states for _, states in parts],  # of every rank
+                    "iteration": iteration,
+                    "global_step": global_step,
+                    "seconds": seconds + time.time() - started,
+                    "timed": report.timed,
+                    "recent": list(report.recent),
+                    "ent_coef": ent_coef,
+                    "args": dataclasses.asdict(args),
+                    "versions": versions(),
+                }
+                save_checkpoint(run_dir, state)
+        if stopping:
+            if rank == 0:
+                report.close()
+                print(f"stopped at step {global_step}: go on with --resume {run_dir}")
+            raise SystemExit(128 + (stop_signals[0] if stop_signals else signal.SIGTERM))
+    episodes.close()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if rank == 0:
+        report.close()
+        finish(agent, args, run_dir, device, seconds + time.time() - started, report)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,12 @@ class ScriptedGame:
         self.new_game()
         return self.result()
 
-    def step(self, actions):
+    def send(self, actions):
+        self.sent = True
+
+    def recv(self):
+        assert self.sent
+        self.sent = False
         reward, terminated, truncated, over = self.script[self.k]
         self.k += 1
         self.advance()
@@ -75,11 +80,31 @@ class ScriptedGame:
         return obs, (reward * repeat).astype(np.int32), terminated * repeat > 0, truncated * repeat > 0, info
 
 
+class Recorder:
+    """Keeps every observation that the emulators give."""
+
+    def __init__(self, envs):
+        self.envs, self.seen = envs, []
+
+    def __getattr__(self, name):
+        return getattr(self.envs, name)
+
+    def reset(self, seed=None):
+        result = self.envs.reset(seed=seed)
+        self.seen.append(result[0].copy())
+        return result
+
+    def recv(self):
+        result = self.envs.recv()
+        self.seen.append(result[0].copy())
+        return result
+
+
 def play(atari, script):
     args = tiny(atari, num_envs=1, num_steps=len(script), num_minibatches=1)
     envs = ScriptedGame(script)
     agent = atari.Agent(envs)
-    episodes, rollout = atari.Episodes(envs, [0]), atari.Rollout(args, envs, CPU)
+    episodes, rollout = atari.Episodes([envs], np.array([0])), atari.Rollout(args, envs, CPU)
     atari.collect(agent, episodes, rollout, args)
     return agent, episodes, rollout
 
@@ -91,7 +116,7 @@ def test_life_loss_ends_the_bootstrap_and_not_the_game(atari):
     assert episodes.returns.tolist() == [1.0]
     assert rollout.rewards[:, 0].tolist() == [1, 0, 1, 1, 1]  # clipped for training
     assert rollout.terminated[:, 0].tolist() == [False, True, False, True, False]
-    assert rollout.history[:, 0].tolist() == [3, 3, 3, 3, 0]  # a lost life leaves the stack alone
+    assert rollout.history[:, 0].tolist() == [3, 3, 3, 3, 0, 1]  # a lost life leaves the stack alone
 
 
 def test_truncation_bootstraps_the_final_observation(atari):
@@ -114,34 +139,60 @@ def test_truncation_bootstraps_the_final_observation(atari):
 
 def test_stacks_are_the_environments_own(atari):
     """Over game ends, lost lives and rollout borders, each rebuilt stack is what the emulator gave."""
-    args = tiny(atari, num_envs=3, num_steps=200, num_minibatches=1, episodic_life=True)
-    envs = atari.make_envs(args, 3)
-    agent, seen = atari.Agent(envs), []
-    agent.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].clone()))
-    episodes, rollout = atari.Episodes(envs, atari.env_seeds(1, 0, 3)), atari.Rollout(args, envs, CPU)
+    args = tiny(atari, num_envs=6, num_steps=200, num_minibatches=1, episodic_life=True)
+    groups = [Recorder(atari.make_envs(args, 2)), Recorder(atari.make_envs(args, 4))]
+    agent = atari.Agent(groups[0])
+    episodes, rollout = atari.Episodes(groups, atari.env_seeds(1, 0, 6)), atari.Rollout(args, groups[0], CPU)
     games = 0
-    for _ in range(3):
-        seen.clear()
+    for i in range(3):
         atari.collect(agent, episodes, rollout, args)
-        rebuilt = rollout.observations(torch.arange(600)).unflatten(0, (200, 3))
-        assert torch.equal(rebuilt, torch.stack(seen[:200]))
-        games += int((rollout.history == 0).sum())
-    assert games > 3
+        rebuilt = rollout.observations(rollout.idx.flatten()).unflatten(0, (201, 6))
+        own = [torch.from_numpy(np.stack(group.seen[200 * i :][:201])) for group in groups]
+        assert torch.equal(rebuilt, torch.cat(own, 1))
+        games += int((rollout.history[1:] == 0).sum())
+    assert games > 6
 
 
-def test_first_minibatch_ratio_is_one(atari):
+def test_groups_play_what_one_group_plays(atari):
+    """Half of the emulators works while the policy answers the other: the transitions are those of one group."""
+
+    def transitions(sizes):
+        args = tiny(atari, num_envs=4, num_steps=64, num_minibatches=1, repeat_action_probability=0.25)
+        groups = [atari.make_envs(args, size) for size in sizes]
+        torch.manual_seed(3)
+        agent = atari.Agent(groups[0])
+        episodes, rollout = atari.Episodes(groups, atari.env_seeds(1, 0, 4)), atari.Rollout(args, groups[0], CPU)
+
+        def act(agent, rollout, idx):  # what the environment's number and the step say, whatever the group
+            atari.act(agent, rollout, idx)
+            rollout.actions.view(-1)[idx] = (7 * idx + idx // 4) % 4
+            return rollout.actions.view(-1)[idx]
+
+        for _ in range(2):
+            atari.collect(agent, episodes, rollout, args, act)
+        return rollout, episodes
+
+    (one, episodes), (other, their_episodes) = transitions([4]), transitions([2, 2])
+    for name in ("frames", "history", "actions", "values", "rewards", "terminated", "truncated"):
+        torch.testing.assert_close(getattr(one, name), getattr(other, name), msg=name)
+    assert sorted(episodes.take_ended()) == sorted(their_episodes.take_ended())
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_first_minibatch_ratio_is_one(atari, bf16):
     args = tiny(atari)
     envs = atari.make_envs(args, 2)
     agent = atari.Agent(envs)
-    episodes, rollout = atari.Episodes(envs, atari.env_seeds(1, 0, 2)), atari.Rollout(args, envs, CPU)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-3, fused=True)
+    episodes, rollout = atari.Episodes([envs], atari.env_seeds(1, 0, 2)), atari.Rollout(args, envs, CPU)
+    agent.bf16, optimizer = bf16, atari.ClippedAdam(agent, args)
     for _ in range(2):
         atari.collect(agent, episodes, rollout, args)
         idx = torch.randperm(args.batch_size)
         with torch.no_grad():
             log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
-        ratio = (log_probs - rollout.logits.log_softmax(-1).flatten(0, 1)[idx]).exp()
-        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-4, rtol=0)
+        ratio = (log_probs - rollout.log_probs.flatten(0, 1)[idx]).exp()
+        # bfloat16 keeps 8 bits: where a kernel adds in another order at another batch size, a feature moves by 2^-8
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=2e-2 if bf16 else 1e-4, rtol=0)
         ones = torch.randn(args.num_steps, args.num_envs)
         atari.update(agent, optimizer, rollout, ones, ones, 0.01, args)
 

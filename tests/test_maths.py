@@ -2,6 +2,7 @@
 
 import ast
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TWINS = {
-    *("layer_init", "env_seeds", "sample", "step", "compute_gae", "ppo_clip_loss", "categorical_kl", "update"),
-    *("backtrack", "fail", "write_file", "save_checkpoint", "load_checkpoint", "get_random_states"),
-    *("set_random_states", "open_run", "versions", "start_wandb", "cli", "parse_args", "Report", "finish"),
+    *("ranks", "start_ranks", "together", "all_mean", "gather", "from_rank_0", "moments", "broadcast", "digest"),
+    *("layer_init", "env_seeds", "act", "sample", "environments", "step", "compute_gae", "ppo_clip_loss"),
+    *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph", "fail", "write_file"),
+    *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states", "open_run"),
+    *("versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report", "finish"),
 }
 DIFFERENT = {
     *("Args", "Agent", "make_envs", "Rollout", "Episodes", "collect", "to_tensor", "evaluate", "record_video"),
@@ -95,7 +98,7 @@ def batch_by_hand():
 
 
 def loss_args(trainer, **changes):
-    return trainer.Args(**({"clip_coef": 0.2, "vf_coef": 0.5, "norm_adv": False, "clip_vloss": False} | changes))
+    return trainer.Args(**({"clip_coef": 0.2, "vf_coef": 0.5, "clip_vloss": False} | changes))
 
 
 @pytest.mark.parametrize("clip_vloss", [False, True])
@@ -124,20 +127,70 @@ def test_loss_by_hand(trainer, clip_vloss):
 
 
 def test_normalised_advantages(trainer):
-    batch = batch_by_hand()
     # A = 1, -2, -1, 3: mean 0.25, sum of squares 15 - 4 / 16 = 14.75, standard deviation (14.75 / 3)^(1/2)
-    batch_normalised = batch | {"advantages": (batch["advantages"] - 0.25) / math.sqrt(14.75 / 3)}
-    by_hand, _ = trainer.ppo_clip_loss(**batch_normalised, ent_coef=0.1, args=loss_args(trainer))
-    normalised, _ = trainer.ppo_clip_loss(**batch, ent_coef=0.1, args=loss_args(trainer, norm_adv=True))
-    assert float(normalised) == pytest.approx(float(by_hand), rel=1e-6)
+    # A = 0, 0, 0, 8: mean 2, 64 - 16 = 48, standard deviation 4; each minibatch, a row, by itself
+    rows = torch.tensor([[1.0, -2.0, -1.0, 3.0], [0.0, 0.0, 0.0, 8.0]], dtype=torch.float64)
+    expected = torch.stack([(rows[0] - 0.25) / math.sqrt(14.75 / 3), (rows[1] - 2) / 4])
+    torch.testing.assert_close(trainer.normalise(rows), expected)
+
+
+@pytest.mark.parametrize("norm_adv", [False, True])
+def test_minibatches_are_drawn_without_replacement(trainer, monkeypatch, norm_adv):
+    """K epochs of M minibatches: each epoch holds every transition once, with its own advantage, in a new order."""
+    args = trainer.Args(num_envs=4, num_steps=6, num_minibatches=3, update_epochs=2, norm_adv=norm_adv)
+    agent = torch.nn.Linear(1, 1)
+    rollout = SimpleNamespace(values=torch.zeros(7, 4), returns=torch.zeros(6, 4))
+    advantages, seen = torch.arange(24.0).view(6, 4), []
+
+    def learn(agent, optimizer, rollout, idx, mine, c2, args):
+        expected = trainer.normalise(idx[None].float())[0] if norm_adv else idx.float()
+        torch.testing.assert_close(mine, expected)
+        assert float(c2) == 0.25
+        seen.append(idx)
+        return {"entropy": torch.tensor(1.0)}
+
+    optimizer = SimpleNamespace(found_inf=torch.ones(()))
+    trainer.update(agent, optimizer, rollout, advantages, 2 * advantages, 0.25, args, learn)
+    assert [len(idx) for idx in seen] == [8] * 6
+    first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert torch.equal(first.sort()[0], torch.arange(24)) and torch.equal(second.sort()[0], torch.arange(24))
+    assert not torch.equal(first, second) and not torch.equal(first, torch.arange(24))
+    assert torch.equal(rollout.returns, 2 * advantages) and optimizer.found_inf == 0
+
+
+def test_gradient_is_clipped_by_its_norm_over_all_parameters(trainer):
+    """Two layers, channels last: the step is torch's own Adam's after torch's own clipping."""
+    args = trainer.Args(learning_rate=0.1, max_grad_norm=0.5)
+    torch.manual_seed(0)
+    ours, theirs = (
+        torch.nn.Sequential(torch.nn.Conv2d(4, 3, 2), torch.nn.Flatten(), torch.nn.Linear(3, 2)) for _ in "ab"
+    )
+    theirs.load_state_dict(ours.state_dict())
+    ours.to(memory_format=torch.channels_last)
+    optimizer = trainer.ClippedAdam(ours, args)
+    other = torch.optim.Adam(theirs.parameters(), lr=0.1, eps=1e-5)
+    for scale in (100.0, 0.001):  # clipped, and not
+        x = torch.randn(5, 4, 2, 2)
+        norm = optimizer.descend(scale * ours(x).square().sum())
+        other.zero_grad()
+        (scale * theirs(x).square().sum()).backward()
+        expected = torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+        assert float(norm) == pytest.approx(float(expected), rel=1e-5)
+        assert (float(norm) > 0.5) == (scale == 100.0)
+        other.step()
+        for p, q in zip(ours.parameters(), theirs.parameters()):
+            torch.testing.assert_close(p, q)
+    optimizer.lr.fill_(0.0)
+    before = [p.clone() for p in ours.parameters()]
+    optimizer.descend(ours(x).square().sum())
+    assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), before))
 
 
 @pytest.mark.parametrize("clip_vloss", [False, True])
-@pytest.mark.parametrize("norm_adv", [False, True])
-def test_gradient_against_central_differences(trainer, clip_vloss, norm_adv):
+def test_gradient_against_central_differences(trainer, clip_vloss):
     rng = torch.Generator().manual_seed(0)
     B, A, h = 32, 4, 1e-6
-    args = loss_args(trainer, norm_adv=norm_adv, clip_vloss=clip_vloss, clip_coef=0.3)
+    args = loss_args(trainer, clip_vloss=clip_vloss, clip_coef=0.3)
     draw = {"generator": rng, "dtype": torch.float64}
     old_logits = torch.randn(B, A, **draw)
     x = torch.cat([old_logits + 0.3 * torch.randn(B, A, **draw), torch.randn(B, 1, **draw)], 1)  # logits and value

@@ -1,0 +1,225 @@
+"""Several processes under torchrun learn what one process learns, and survive each other's faults."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, load
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+DISCRETE, ATARI = ROOT / "ppo_clip_discrete.py", ROOT / "ppo_clip_atari.py"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+SMALL = "--num-envs 8 --num-steps 16 --update-epochs 2 --no-cuda"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
+
+# Runs a trainer in float64; the random numbers of the actions depend on the environment and the step alone
+DRIVER = """
+import importlib.util, json, sys
+import torch
+spec = importlib.util.spec_from_file_location("trainer", sys.argv[1])
+trainer = sys.modules["trainer"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(trainer)
+torch.set_default_dtype(torch.float64)
+rank, world = trainer.ranks()
+calls = 0
+def sample(logits, generator=None):
+    global calls
+    calls += 1
+    draws = torch.rand(world * len(logits), logits.shape[1], generator=torch.Generator().manual_seed(calls))
+    return (logits.softmax(-1) / -draws.log()[rank * len(logits):][:len(logits)]).argmax(-1)
+trainer.sample = sample
+trainer.train(trainer.Args(**json.loads(sys.argv[2])))
+"""
+
+
+def torchrun(ranks, *command, **options):
+    command = [*TORCHRUN, "--nproc-per-node", str(ranks), *map(str, command)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT, **options)
+
+
+def checkpoint(run_dir):
+    return torch.load(run_dir / "checkpoint.pt", weights_only=True)
+
+
+def logged(run_dir, tag):
+    return [(e.step, e.value) for e in EventAccumulator(str(run_dir)).Reload().Scalars(tag)]
+
+
+def errors(text):
+    return [line for line in text.splitlines() if line.startswith("error: ")]
+
+
+# Equality
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"target_kl": 0.002, "target_entropy": 0.6, "learning_rate": 0.01}], ids=["plain", "adaptive"]
+)
+def test_two_ranks_learn_what_one_process_learns(tmp_path, options):
+    """Same environments, same random numbers of the actions, one minibatch an epoch: the same parameters."""
+    args = {"num_envs": 8, "num_steps": 32, "num_minibatches": 1, "update_epochs": 3, "total_timesteps": 3 * 256}
+    args |= {"cuda": False, "eval_episodes": 0, "checkpoint_interval": 1} | options
+    driver = tmp_path / "driver.py"
+    driver.write_text(DRIVER)
+    for name, ranks in (("one", 1), ("two", 2)):
+        done = torchrun(ranks, driver, DISCRETE, json.dumps(args | {"run_dir": str(tmp_path / name)}))
+        assert done.returncode == 0, done.stderr
+    one, two = checkpoint(tmp_path / "one"), checkpoint(tmp_path / "two")
+    for key, value in one["agent"].items():
+        torch.testing.assert_close(two["agent"][key], value, rtol=0, atol=1e-9, msg=key)
+    assert two["ent_coef"] == pytest.approx(one["ent_coef"], rel=1e-9)
+    assert len(one["recent"]) > 5 and sorted(one["recent"]) == sorted(two["recent"])
+    for tag in ("losses/loss", "losses/grad_norm", "losses/explained_variance", "charts/episodic_return"):
+        np.testing.assert_allclose(logged(tmp_path / "one", tag), logged(tmp_path / "two", tag), rtol=1e-5, err_msg=tag)
+    for mine, theirs in zip(one["episodes"], two["episodes"], strict=True):
+        assert torch.equal(mine["obs"], theirs["obs"]) and mine["return"] == theirs["return"]
+    if options:  # the trust region and the entropy controller were at work
+        assert min(value for _, value in logged(tmp_path / "one", "losses/step_fraction")) < 1
+        assert one["ent_coef"] != 0.01
+
+
+def test_ranks_share_no_environment_seed_and_no_random_numbers(tmp_path):
+    flags = "--env-id ALE/Pong-v5 --num-envs 4 --num-steps 8 --num-minibatches 2 --total-timesteps 64 --eval-episodes 0"
+    done = torchrun(2, ATARI, *flags.split(), "--no-cuda", "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    state = checkpoint(tmp_path / "run")
+    seeds = [episode["seed"] for episode in state["episodes"]]
+    assert len(set(seeds)) == 4
+    assert seeds == load(ATARI).env_seeds(1, 0, 4).tolist()  # those of one process
+    one, other = state["random"]
+    assert not torch.equal(one["torch"], other["torch"]) and not torch.equal(one["numpy"][1], other["numpy"][1])
+
+
+# Runs
+
+
+def test_cartpole_is_learned_by_two_ranks(tmp_path):
+    """Default flags; rank 0 alone writes, and counts the whole job's steps and episodes."""
+    done = torchrun(2, DISCRETE, "--no-cuda", "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert errors(done.stderr) == [] and done.stdout.count("CartPole-v1 on 2 x cpu") == 1
+    assert done.stdout.count("evaluation: ") == 1
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["eval_return_mean"] >= 475 and result["global_step"] == 98_304
+    assert len(list((tmp_path / "run").glob("events*"))) == 1
+    steps, speeds = zip(*logged(tmp_path / "run", "charts/SPS"))
+    assert steps[-1] == 98_304
+    times = [e.wall_time for e in EventAccumulator(str(tmp_path / "run")).Reload().Scalars("losses/kl")]
+    assert speeds[-1] == pytest.approx(2048 * (len(times) - 2) / (times[-1] - times[1]), rel=0.1)
+    # every step of all 64 environments belongs to an episode that ended, or to one that is still played
+    ended = sum(length for _, length in logged(tmp_path / "run", "charts/episodic_length"))
+    assert ended > 0 and len(checkpoint(tmp_path / "run")["episodes"]) == 64
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), (2, 4)])
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, before, after):
+    run_dir = tmp_path / "run"
+    flags = f"{SMALL} --eval-episodes 0 --total-timesteps 512 --run-dir {run_dir}"
+    assert torchrun(before, DISCRETE, *flags.split()).returncode == 0
+    saved = checkpoint(run_dir)
+    done = torchrun(after, DISCRETE, "--resume", run_dir, "--total-timesteps", 1024)
+    assert done.returncode == 0 and "from step 512" in done.stdout, done.stderr
+    assert "episodes restart" not in done.stdout + done.stderr
+    resumed = checkpoint(run_dir)
+    assert resumed["global_step"] == 1024 and len(resumed["random"]) == after and len(resumed["episodes"]) == 8
+    assert [step for step, _ in logged(run_dir, "losses/kl")] == [128 * i for i in range(1, 9)]
+    assert saved["recent"] == resumed["recent"][: len(saved["recent"])]
+
+
+def test_two_ranks_resume_bit_for_bit(tmp_path):
+    for name, totals in (("straight", [768]), ("resumed", [384, 768])):
+        for part, total in enumerate(totals):
+            flags = f"{'--resume' if part else SMALL + ' --eval-episodes 0 --no-anneal-lr --run-dir'} {tmp_path / name}"
+            done = torchrun(2, DISCRETE, *flags.split(), "--total-timesteps", total)
+            assert done.returncode == 0, done.stderr
+    straight, resumed = checkpoint(tmp_path / "straight"), checkpoint(tmp_path / "resumed")
+    assert all(torch.equal(straight["agent"][key], resumed["agent"][key]) for key in straight["agent"])
+
+
+@pytest.mark.parametrize("flags", ["--num-envs 7", "--num-envs 2 --num-steps 2 --num-minibatches 4"])
+def test_what_does_not_divide_is_refused(tmp_path, flags):
+    done = torchrun(2, DISCRETE, *flags.split(), "--run-dir", tmp_path / "run")
+    assert done.returncode != 0 and errors(done.stderr) and not (tmp_path / "run").exists()
+    assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+
+
+# Faults
+
+
+def start(tmp_path, script, *flags, restarts=0):
+    """A job of two ranks, and the process ids of its ranks once it has trained to its second checkpoint."""
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--max-restarts", str(restarts), script, *flags]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen([*map(str, command)], stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    deadline = time.time() + 120
+    while not (tmp_path / "run" / "checkpoint.prev.pt").exists():
+        assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.01)
+    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    pids = sorted(int(pid) for pid in children.split())
+    assert len(pids) == 2
+    return process, pids
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_restarts_the_job_from_its_checkpoint(tmp_path, victim):
+    flags = f"{SMALL} --eval-episodes 1 --checkpoint-interval 5 --total-timesteps 25600 --run-dir {tmp_path / 'run'}"
+    process, pids = start(tmp_path, DISCRETE, *flags.split(), restarts=3)
+    os.kill(pids[victim], signal.SIGKILL)
+    assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
+    text = (tmp_path / "log").read_text()
+    assert re.search(r"from step [1-9]\d+", text)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["global_step"] == 25_600
+    assert [step for step, _ in logged(tmp_path / "run", "losses/kl")] == [128 * i for i in range(1, 201)]
+
+
+def test_a_rank_that_hangs_ends_the_job_in_a_line(tmp_path):
+    source = DISCRETE.read_text()
+    assert "RANK_TIMEOUT = timedelta(minutes=10)" in source
+    script = tmp_path / "impatient.py"
+    script.write_text(source.replace("RANK_TIMEOUT = timedelta(minutes=10)", "RANK_TIMEOUT = timedelta(seconds=5)"))
+    flags = f"{SMALL} --checkpoint-interval 2 --total-timesteps 100000000 --run-dir {tmp_path / 'run'}"
+    process, pids = start(tmp_path, script, *flags.split())
+    os.kill(pids[1], signal.SIGSTOP)
+    try:
+        assert process.wait(timeout=120) != 0
+    finally:
+        os.kill(pids[1], signal.SIGCONT)
+    (line,) = errors((tmp_path / "log").read_text())
+    assert "waited in vain for the other ranks" in line
+    assert checkpoint(tmp_path / "run")["global_step"] > 0
+
+
+def test_a_signal_to_torchrun_ends_all_ranks_with_a_checkpoint(tmp_path):
+    flags = f"{SMALL} --checkpoint-interval 1000000 --total-timesteps 100000000 --run-dir {tmp_path / 'run'}"
+    command = [*TORCHRUN, "--nproc-per-node", "2", str(DISCRETE), *flags.split()]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=ENVIRONMENT)
+    while not list((tmp_path / "run").glob("events*")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(1)
+    process.terminate()
+    process.wait(timeout=60)
+    text = (tmp_path / "log").read_text()
+    assert "go on with --resume" in text and errors(text) == []
+    assert checkpoint(tmp_path / "run")["global_step"] == logged(tmp_path / "run", "losses/kl")[-1][0]
+
+
+def test_ranks_that_differ_are_found(tmp_path):
+    """A rank whose parameters were changed by something else ends the job at the next checkpoint."""
+    driver = tmp_path / "driver.py"
+    patch = "update = trainer.update\ndef broken(agent, *rest):\n    result = update(agent, *rest)\n"
+    patch += "    agent.value_head.bias.data += 1e-6 * rank\n    return result\ntrainer.update = broken\n"
+    driver.write_text(DRIVER.replace("trainer.train(", patch + "trainer.train("))
+    args = {"num_envs": 8, "num_steps": 16, "total_timesteps": 256, "cuda": False, "run_dir": str(tmp_path / "run")}
+    done = torchrun(2, driver, DISCRETE, json.dumps(args))
+    assert done.returncode != 0 and all("parameters differ" in line for line in errors(done.stderr))
+    assert errors(done.stderr) and not (tmp_path / "run" / "checkpoint.pt").exists()
