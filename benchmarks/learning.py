@@ -1,65 +1,132 @@
 """Trains one environment with the trainer's defaults on several seeds and records what they reached, with the curves.
 
-    python benchmarks/learning.py CartPole-v1 --total-timesteps 100000 --seeds 1 2 3 4 5 --eval-episodes 100
-    python benchmarks/learning.py PongNoFrameskip-v4 --runs runs/<run> runs/<run>        # runs that were made already
+    python benchmarks/learning.py CartPole-v1 --total-timesteps 100000 --seeds 1 2 3 4 5 --threshold 475
+    python benchmarks/learning.py ALE/Pong-v5 --runs runs/<run> runs/<run> --threshold 18    # runs made already
 
-Writes benchmarks/results/learning_<env>.json, failed seeds included; `command_seconds` is the whole wall time.
+Writes benchmarks/results/learning_<env>.json after every seed, failed ones included. In a run's record:
+
+    command_seconds       wall time of the whole command, evaluation included
+    eval_return_mean      mean score of the `eval_episodes` whole games played after training
+    mean_last_20_games    exact mean score of the last 20 training games that ended before `games_until_step`, from the
+                          checkpoint: the end of training where the run is `finished`
+    curve                 charts/episodic_return_100, thinned to at most 100 points; `seconds` are wall time since the
+                          log began, a pause before --resume included
+    threshold             first point of the whole curve at or above --threshold (`reached`), and the first from which
+                          it stays there to the end (`held`)
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
-POINTS = 100  # of a curve
+POINTS = 100  # of a curve, at most
 
 
-def read_run(run_dir: Path) -> dict:
+def hardware() -> str:
+    """CPU model and count, and the GPUs that PyTorch sees."""
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
+    model = models[0] if models else platform.processor() or platform.machine()
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return ", ".join([f"{os.cpu_count()} CPU cores ({model})", *gpus])
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def read_run(run_dir: Path, points: int = POINTS, threshold: float | None = None) -> dict:
     """What a run folder tells of itself; a run that is not finished has no evaluation."""
     about = json.loads((run_dir / "args.json").read_text())
-    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
-    scores = events.Scalars("charts/episodic_return_100")
-    began = events.FirstEventTimestamp()
-    chosen = scores[:: -(-len(scores) // POINTS)]
     result = run_dir / "result.json"
-    return {
-        "command": " ".join(["python", *about["command"]]),
+    run = {
+        "command": " ".join(["python", Path(about["command"][0]).name, *about["command"][1:]]),
         "seed": about["args"]["seed"],
         "commit": about["commit"],
         "versions": about["versions"],
         "finished": result.exists(),
         **(json.loads(result.read_text()) if result.exists() else {}),
-        "curve": {
-            "step": [e.step for e in chosen],
-            "seconds": [round(e.wall_time - began, 1) for e in chosen],
-            "mean_return_of_last_100": [round(e.value, 2) for e in chosen],
-        },
+    }
+    if (run_dir / "checkpoint.pt").exists():
+        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        # Scores of the last 100 games in the order in which they ended; older checkpoints have them elsewhere.
+        games = state["recent"] if "recent" in state else state["episodes"]["recent"]
+        run["mean_last_20_games"] = statistics.mean(games[-20:]) if len(games) >= 20 else None
+        run["games_until_step"] = state["global_step"]
+
+    events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
+    tag = "charts/episodic_return_100"
+    scores = events.Scalars(tag) if tag in events.scalars.Keys() else []  # none where no episode ended yet
+    began = events.FirstEventTimestamp() if scores else 0.0
+    if threshold is not None:
+        above = [e.value >= threshold for e in scores]
+        held = len(above) - [*reversed(above), False].index(False)  # the first point after the last one below
+        run["threshold"] = {"return": threshold, "reached": None, "held": None}
+        for name, i in (("reached", above.index(True) if any(above) else len(above)), ("held", held)):
+            if i < len(scores):
+                run["threshold"][name] = {"step": scores[i].step, "seconds": round(scores[i].wall_time - began, 1)}
+    stride = max(1, -(-len(scores) // points))
+    chosen = scores[::-stride][::-1]  # from the end, which stays
+    run["curve"] = {
+        "step": [e.step for e in chosen],
+        "seconds": [round(e.wall_time - began, 1) for e in chosen],
+        "mean_return_of_last_100": [round(e.value, 2) for e in chosen],
+    }
+    return run
+
+
+def train(trainer: Path, flags: list[str], points: int = POINTS, threshold: float | None = None) -> dict:
+    """One run in a process of its own, in a folder that goes afterwards; `flags` begin with --env-id."""
+    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / "run"
+        command = [sys.executable, str(trainer), *flags, "--run-dir", str(run_dir)]
+        started = time.time()
+        done = subprocess.run(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
+        )
+        run = {"exit_code": done.returncode, "command_seconds": round(time.time() - started, 2)}
+        if done.returncode == 0:
+            run |= read_run(run_dir, points, threshold)
+        else:
+            run["error"] = (done.stderr.strip().splitlines() or [""])[-1]
+    own = "PYTHONPATH=benchmarks " if "time_limit_env:" in flags[1] else ""
+    return run | {
+        "command": f"{own}python {trainer.name} {' '.join(flags)}",
+        "seed": int(flags[flags.index("--seed") + 1]),
+        "commit": git.stdout.strip() or None,
+        "trainer_sha256": sha256(trainer),
     }
 
 
-def train(env_id: str, total_timesteps: int, eval_episodes: int, seed: int) -> dict:
-    """One seed in a process of its own."""
-    trainer = "ppo_clip_atari.py" if "ALE/" in env_id or "NoFrameskip" in env_id else "ppo_clip_discrete.py"
-    with tempfile.TemporaryDirectory() as folder:
-        flags = ["--env-id", env_id, "--total-timesteps", str(total_timesteps), "--seed", str(seed)]
-        flags += ["--eval-episodes", str(eval_episodes)]
-        command = [sys.executable, str(ROOT / trainer), *flags, "--run-dir", f"{folder}/run"]
-        started = time.time()
-        code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-        seconds = time.time() - started
-        run = {"exit_code": code, "command_seconds": round(seconds, 2), "seed": seed}
-        if code == 0:
-            run |= read_run(Path(folder) / "run")
-        return run | {"command": f"python {trainer} {' '.join(flags)}"}
+def side_by_side(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
+    """`function(*job)` of every job as it comes, `workers` at a time; Ctrl-C starts no further ones."""
+    pool = ThreadPoolExecutor(workers)
+    try:
+        yield from (done.result() for done in as_completed([pool.submit(function, *job) for job in jobs]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def tell(run: dict) -> None:
+    """A run's record as one line, without its long parts."""
+    print({k: v for k, v in run.items() if k not in ("curve", "versions", "command", "changes")}, flush=True)
 
 
 def main() -> None:
@@ -68,24 +135,39 @@ def main() -> None:
     parser.add_argument("--total-timesteps", type=int, default=100_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--eval-episodes", type=int, default=100)
+    parser.add_argument("--threshold", type=float, help="record when the curve reaches and holds this")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds trained side by side: wall times then are theirs")
     parser.add_argument("--runs", type=Path, nargs="+", help="record these run folders and train nothing")
+    parser.add_argument("--hardware", default=hardware(), help="of --runs, where it was another machine")
+    parser.add_argument("--record", type=Path, help="default: benchmarks/results/learning_<env>.json")
     options = parser.parse_args()
-    runs = [read_run(run_dir) for run_dir in options.runs or []]
-    for seed in [] if options.runs else options.seeds:
-        runs.append(train(options.env_id, options.total_timesteps, options.eval_episodes, seed))
-        print({k: v for k, v in runs[-1].items() if k not in ("curve", "versions", "command")}, flush=True)
-    scores = [run["eval_return_mean"] for run in runs if run.get("eval_return_mean") is not None]
-    times = [run["command_seconds"] for run in runs if "command_seconds" in run]
-    record = {
-        "env_id": options.env_id,
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "mean": statistics.mean(scores) if scores else None,
-        "worst": min(scores, default=None),
-        "median_command_seconds": statistics.median(times) if times else None,
-        "runs": runs,
-    }
-    path = ROOT / "benchmarks" / "results" / f"learning_{options.env_id.replace('/', '-')}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    name = options.env_id.replace("/", "-").replace(":", "-")
+    path = options.record or ROOT / "benchmarks" / "results" / f"learning_{name}.json"
+    atari = options.env_id.startswith("ALE/") or "NoFrameskip" in options.env_id
+    trainer = ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
+    flags = ["--env-id", options.env_id, "--total-timesteps", str(options.total_timesteps)]
+    flags += ["--eval-episodes", str(options.eval_episodes), "--seed"]
+    if options.runs:
+        made = (read_run(run_dir, threshold=options.threshold) for run_dir in options.runs)
+    else:
+        jobs = [(trainer, [*flags, str(seed)], POINTS, options.threshold) for seed in options.seeds]
+        made = side_by_side(train, jobs, options.jobs)
+    runs = []
+    for run in made:
+        tell(run)
+        runs = sorted([*runs, run], key=lambda run: run["seed"])
+        scores = [run["eval_return_mean"] for run in runs if run.get("eval_return_mean") is not None]
+        times = [run["command_seconds"] for run in runs if "command_seconds" in run]
+        record = {
+            "env_id": options.env_id,
+            "hardware": options.hardware,
+            "jobs": options.jobs,
+            "mean": statistics.mean(scores) if scores else None,
+            "worst": min(scores, default=None),
+            "median_command_seconds": statistics.median(times) if times else None,
+            "runs": runs,
+        }
+        path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"mean {record['mean']}, worst {record['worst']}, record {path}")
 
 

@@ -1,43 +1,162 @@
-"""Learning curves of the recorded runs, against steps and against wall time: mean over seeds and its 95% band.
+"""Draws the recorded runs: mean over the seeds with its 95% band (Student's t), the seeds themselves as thin lines.
 
-pip install matplotlib && python benchmarks/plot.py CartPole-v1 Acrobot-v1 --to benchmarks/classic_control.png
+    pip install matplotlib
+    python benchmarks/plot.py                                 # all figures, into benchmarks/figures
+    python benchmarks/plot.py classic_control ablations
+
+Reads benchmarks/results/learning_<env>.json and ablations.json. A curve is the mean return of the last 100 training
+episodes; it ends where the shortest of its seeds ends. What is not recorded is left out, with a line that says so.
 """
 
 import argparse
+import io
 import json
+import math
 from pathlib import Path
 
+import matplotlib
+
+matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
+from PIL import Image
 
-RESULTS = Path(__file__).parent / "results"
+HERE = Path(__file__).parent
+RETURN = "mean_return_of_last_100"
+T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5%, 1 to 9 degrees of freedom
+
+# name of the figure: (environment, title, a return to mark)
+LEARNING = {
+    "classic_control": [  # Gymnasium's `reward_threshold`
+        ("CartPole-v1", "CartPole-v1", 475),
+        ("Acrobot-v1", "Acrobot-v1", -100),
+        ("MountainCar-v0", "MountainCar-v0", -110),
+        ("LunarLander-v3", "LunarLander-v3", 200),
+    ],
+    "atari": [
+        ("PongNoFrameskip-v4", "Pong, no sticky actions", 18),
+        ("ALE/Pong-v5", "Pong, sticky actions (0.25)", 18),
+    ],
+}
+
+
+def student_t(n: int) -> float:
+    """Half width of a mean's 95% interval, in standard errors, for `n` samples."""
+    degrees = n - 1
+    return T_95[degrees - 1] if degrees <= len(T_95) else 1.96 + 2.4 / degrees + 3 / degrees**2
+
+
+def draw(axis: plt.Axes, runs: list[dict], key: str, label: str | None = None, seeds: bool = True) -> None:
+    """Mean and band of the runs' curves against `key` (step or seconds), over the range that all of them cover."""
+    curves = [run["curve"] for run in runs]
+    x = np.linspace(max(c[key][0] for c in curves), min(c[key][-1] for c in curves), 200)
+    y = np.stack([np.interp(x, c[key], c[RETURN]) for c in curves])  # (seeds, 200)
+    axis.set_xlabel("environment steps" if key == "step" else "wall time, seconds")
+    if key == "seconds" and x[-1] > 600:
+        x = x / 60
+        axis.set_xlabel("wall time, minutes")
+    (line,) = axis.plot(x, y.mean(0), label=label, linewidth=1.6)
+    if len(y) > 1:
+        band = student_t(len(y)) * y.std(0, ddof=1) / math.sqrt(len(y))
+        low, high = y.min() - 0.05 * np.ptp(y), y.max() + 0.05 * np.ptp(y)  # few seeds make a band of any height
+        bounds = np.clip((y.mean(0) - band, y.mean(0) + band), low, high)
+        axis.fill_between(x, *bounds, color=line.get_color(), alpha=0.18, linewidth=0)
+    if seeds and len(y) > 1:
+        axis.plot(x, y.T, color=line.get_color(), alpha=0.35, linewidth=0.6)
+
+
+def dress(axis: plt.Axes, key: str) -> None:
+    """Grid and few ticks, those of steps in thousands and millions."""
+    axis.grid(alpha=0.25)
+    axis.xaxis.set_major_locator(ticker.MaxNLocator(4, steps=[1, 2, 5, 10]))
+    if key == "step":
+        axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+
+
+def save(figure: plt.Figure, path: Path) -> None:
+    """Writes a PNG of few colours, a third of matplotlib's size."""
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=100)
+    plt.close(figure)
+    Image.open(buffer).convert("RGB").quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    print(f"{path}: {path.stat().st_size / 1024:.0f} kB")
+
+
+def draw_learning(name: str, results: Path, to: Path) -> None:
+    """One column an environment; return against steps above, against wall time below."""
+    columns = []
+    for env_id, title, target in LEARNING[name]:
+        path = results / f"learning_{env_id.replace('/', '-')}.json"
+        record = json.loads(path.read_text()) if path.exists() else {"runs": []}
+        runs = [run for run in record["runs"] if len(run.get("curve", {}).get("step", [])) > 1]
+        if runs:
+            columns.append((title, target, runs, record["hardware"]))
+        else:
+            print(f"{name}: no curves of {env_id} in {path}, left out")
+    if not columns:
+        return
+    figure, axes = plt.subplots(2, len(columns), figsize=(3.4 * len(columns), 5.4), squeeze=False)
+    for column, (title, target, runs, hardware) in zip(axes.T, columns):
+        for axis, key in zip(column, ("step", "seconds")):
+            draw(axis, runs, key)
+            axis.axhline(target, color="grey", linestyle=":", linewidth=1)
+            dress(axis, key)
+        column[0].set_title(f"{title}\n{len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=10)
+        column[1].set_title(hardware, fontsize=7, color="grey")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return, last 100 episodes")
+    save(figure, to / f"{name}.png")
+
+
+def draw_ablations(results: Path, to: Path) -> None:
+    """One column a group of variants, one row an environment of it; the defaults are in each."""
+    path = results / "ablations.json"
+    runs = json.loads(path.read_text()) if path.exists() else []
+    runs = [run for run in runs if len(run.get("curve", {}).get("step", [])) > 1]
+    groups: dict[str, dict[str, list[str]]] = {}  # group: environment: variants
+    for run in runs:
+        if run["group"] != "defaults":
+            variants = groups.setdefault(run["group"], {}).setdefault(run["env_id"], ["defaults"])
+            variants.extend({run["variant"]} - set(variants))
+    if not groups:
+        print(f"ablations: no curves in {path}, left out")
+        return
+    rows = max(map(len, groups.values()))
+    figure, axes = plt.subplots(rows, len(groups), figsize=(3.4 * len(groups), 2.9 * rows), squeeze=False)
+    for column, (group, environments) in zip(axes.T, groups.items()):
+        for axis, (env_id, variants) in zip(column, environments.items()):
+            for variant in variants:
+                chosen = [run for run in runs if (run["variant"], run["env_id"]) == (variant, env_id)]
+                if chosen:
+                    draw(axis, chosen, "step", f"{variant} ({len(chosen)})", seeds=False)
+            dress(axis, "step")
+            axis.set_title(env_id.split(":")[-1], fontsize=10)
+            axis.legend(fontsize=7, loc="lower right")
+        column[0].set_title(f"{group}\n{column[0].get_title()}", fontsize=10)
+        for axis in column[len(environments) :]:
+            axis.axis("off")
+    for axis in axes[:, 0]:
+        axis.set_ylabel("return, last 100 episodes")
+    save(figure, to / "ablations.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("env_ids", nargs="+")
-    parser.add_argument("--to", type=Path, required=True)
+    names = [*LEARNING, "ablations"]
+    parser.add_argument("figures", nargs="*", metavar="FIGURE", help=f"of {', '.join(names)}; default: all")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--to", type=Path, default=HERE / "figures")
     options = parser.parse_args()
-    figure, axes = plt.subplots(2, len(options.env_ids), figsize=(4 * len(options.env_ids), 6), squeeze=False)
-    for column, env_id in enumerate(options.env_ids):
-        record = json.loads((RESULTS / f"learning_{env_id.replace('/', '-')}.json").read_text())
-        curves = [run["curve"] for run in record["runs"] if "curve" in run]
-        for row, (key, unit) in enumerate((("step", "steps"), ("seconds", "seconds"))):
-            end = min(curve[key][-1] for curve in curves)
-            start = max(curve[key][0] for curve in curves)
-            x = np.linspace(start, end, 200)
-            y = np.stack([np.interp(x, curve[key], curve["mean_return_of_last_100"]) for curve in curves])
-            axis = axes[row, column]
-            axis.plot(x, y.mean(0))
-            if len(curves) > 1:
-                band = 1.96 * y.std(0, ddof=1) / np.sqrt(len(curves))
-                axis.fill_between(x, y.mean(0) - band, y.mean(0) + band, alpha=0.25)
-            axis.set_xlabel(unit)
-            axis.set_title(f"{env_id}, {len(curves)} seed{'s' * (len(curves) > 1)}" if row == 0 else "")
-            axis.grid(alpha=0.3)
-        axes[0, column].set_ylabel("return, last 100 episodes" if column == 0 else "")
-    figure.tight_layout()
-    figure.savefig(options.to, dpi=100)
+    if unknown := set(options.figures) - set(names):
+        parser.error(f"no figure {', '.join(unknown)}: choose from {', '.join(names)}")
+    options.to.mkdir(parents=True, exist_ok=True)
+    for name in options.figures or names:
+        if name == "ablations":
+            draw_ablations(options.results, options.to)
+        else:
+            draw_learning(name, options.results, options.to)
 
 
 if __name__ == "__main__":

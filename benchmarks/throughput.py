@@ -1,0 +1,390 @@
+"""Where a trainer's time goes, what bounds it, how it stands beside other implementations, and what memory it takes.
+
+    python benchmarks/throughput.py discrete                                  # CartPole-v1, the trainer's defaults
+    python benchmarks/throughput.py atari --env-id ALE/Breakout-v5 --turns 5
+    python benchmarks/throughput.py atari --tag canonical --peer sb3 cleanrl --cleanrl ../cleanrl \\
+        --flags "--num-envs 8 --num-steps 128 --num-minibatches 4 --learning-rate 2.5e-4"
+    python benchmarks/throughput.py atari --buffer 1000 100000 1000000        # only the memory; takes some time
+
+Each turn measures, in environment steps a second: (a) the environments alone with random actions, (b) the policy alone,
+actions drawn and read back, (c) the update alone, all its epochs, (d) the real trainer from its command line, and the
+peers. One after the other, the parts allow the serial bound 1/(1/a + 1/b + 1/c); at once, the overlapped bound, the
+slowest of them. (d) and the peers are processes of their own; their training loops count without the first two
+iterations. Peers get the trainer's settings, device and number of threads, and keep their networks and wrappers:
+
+    pip install stable-baselines3 opencv-python-headless                      # for both
+    git clone https://github.com/vwxyzjn/cleanrl ../cleanrl                   # for --peer cleanrl
+
+`--buffer` fills a rollout of that many transitions with real play and trains on it for one epoch, each in a process of
+its own; a small one shows what a process takes without it.
+
+Writes benchmarks/results/throughput_<trainer>_<env>[_<tag>].json.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from learning import ROOT, hardware
+
+BUFFER_ENVS, BUFFER_MINIBATCH = 64, 256  # of --buffer, whose capacity is num_envs * num_steps
+# Runs a command, then prints its peak. Linux counts what the parent held at the fork as the child's: this one is small.
+PEAK = """
+import resource, subprocess, sys
+code = subprocess.run(sys.argv[1:]).returncode
+print("\\npeak", resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, flush=True)
+sys.exit(code)
+"""
+# Runs CleanRL's script, which was written for Gymnasium 0.29, unchanged on Gymnasium 1: ALE's ids are registered by
+# hand, two wrappers have new names, and vector environments reset in the step after an episode's end unless told
+# otherwise. The new form of `final_info` is taken out, with it the prints of episodes. Its wrappers skip the frames, so
+# the emulator must not, whatever the id.
+CLEANRL = """
+import functools, runpy, sys
+import gymnasium as gym, torch
+checkout, script, threads, stickiness = sys.argv[1:5]
+if script == "ppo_atari.py":
+    import ale_py
+    gym.register_envs(ale_py)
+    gym.make = functools.partial(gym.make, frameskip=1, repeat_action_probability=float(stickiness))
+    gym.wrappers.GrayScaleObservation = gym.wrappers.GrayscaleObservation
+    gym.wrappers.FrameStack = gym.wrappers.FrameStackObservation
+
+class SameStep(gym.vector.SyncVectorEnv):
+    def __init__(self, env_fns):
+        super().__init__(env_fns, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+
+    def step(self, actions):
+        *transition, infos = super().step(actions)
+        infos.pop("final_info", None)
+        return *transition, infos
+
+gym.vector.SyncVectorEnv = SameStep
+torch.set_num_threads(int(threads))
+sys.path.insert(0, checkout)
+sys.argv = [script, *sys.argv[5:]]
+runpy.run_path(f"{checkout}/cleanrl/{script}", run_name="__main__")
+"""
+GAE_INPUTS = ("rewards", "values", "final_values", "terminated", "truncated")
+
+
+class Parts:
+    """A trainer's parts, set up as its `train` does. What this script knows of the inside of a trainer is here."""
+
+    def __init__(self, trainer, args):
+        self.trainer, self.args, atari = trainer, args, "atari" in trainer.__name__
+        trainer.seed_all(args.seed)
+        torch.backends.cudnn.deterministic = args.torch_deterministic
+        torch.set_float32_matmul_precision("high" if atari else "highest")
+        torch.set_num_threads(threads(trainer))
+        self.device = trainer.start_ranks(args)
+        halves = 2 if atari and self.device.type == "cuda" and args.num_envs % 2 == 0 else 1
+        envs = [trainer.make_envs(args, args.num_envs // halves) for _ in range(halves)]
+        self.agent = trainer.Agent(envs[0]).to(self.device)
+        if atari:
+            self.agent.bf16 = args.bf16 and self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+        self.rollout = trainer.Rollout(args, envs[0], self.device)
+        self.optimizer = trainer.ClippedAdam(self.agent, args)
+        seeds = trainer.env_seeds(args.seed, 0, args.num_envs)
+        self.episodes = trainer.Episodes(envs if atari else envs[0], seeds)
+        self.groups = self.episodes.groups if atari else [(envs[0], slice(None))]
+        functions = (trainer.act, trainer.compute_gae, trainer.learn)
+        graph = trainer.Graph if self.device.type == "cuda" else lambda function: function
+        self.play_graph, self.estimate_graph, self.climb_graph = map(graph, functions)
+        random = np.random.default_rng(args.seed)
+        self.actions = random.integers(envs[0].single_action_space.n, size=(1024, args.num_envs))
+        self.steps = 0
+
+    def collect(self) -> None:
+        """One real rollout of pi_old, which is kept."""
+        self.pi_old = {name: tensor.clone() for name, tensor in self.agent.state_dict().items()}
+        self.trainer.collect(self.agent, self.episodes, self.rollout, self.args, self.play_graph)
+
+    def step(self) -> None:
+        """One step of every environment, with random actions; groups of emulators work at the same time."""
+        actions = self.actions[self.steps % len(self.actions)]
+        self.steps += 1
+        for envs, part in self.groups:
+            envs.send(actions[part]) if hasattr(envs, "send") else envs.step(actions[part])
+        for envs, _ in self.groups:
+            if hasattr(envs, "recv"):
+                envs.recv()
+
+    def act(self) -> None:
+        """The policy's answer to every environment, in the rollout's last row, which no update reads."""
+        for _, part in self.groups:
+            self.play_graph(self.agent, self.rollout, self.rollout.idx[-1, part]).cpu().numpy()
+
+    def update(self) -> None:
+        """What follows a rollout, K epochs."""
+        args, rollout = self.args, self.rollout
+        if args.target_kl is not None:  # far from pi_old, a second update on this rollout would end at its first epoch
+            self.agent.load_state_dict(self.pi_old)
+        inputs = (getattr(rollout, name) for name in GAE_INPUTS)
+        advantages, returns = self.estimate_graph(*inputs, args.gamma, args.gae_lambda)
+        ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
+        phase = (self.agent, self.optimizer, rollout, advantages, returns, ent_coef, args, self.climb_graph)
+        self.trainer.update(*phase)
+
+    def rate(self, work: Callable[[], None], steps: int, seconds: float) -> float:
+        """Environment steps a second of `work`, `steps` a call, in `seconds` or three calls, after one to warm up."""
+        work()
+        self.synchronize()
+        started, calls = time.perf_counter(), 0
+        while calls < 3 or time.perf_counter() - started < seconds:
+            work()
+            calls += 1
+        self.synchronize()
+        return calls * steps / (time.perf_counter() - started)
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def threads(trainer) -> int:
+    """PyTorch's threads: ppo_clip_discrete.py takes one, its network is too small to share between cores."""
+    return 1 if "discrete" in trainer.__name__ else torch.get_num_threads()
+
+
+def load(path: Path):
+    """Imports the script at `path`."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = sys.modules[path.stem] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def launch(command: list[str], **kwargs) -> tuple[list[tuple[float, str]], float]:
+    """Runs `command`. Returns its lines, each with the time it came, and its peak resident memory in MiB."""
+    command = [sys.executable, "-c", PEAK, *command]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **kwargs) as process:
+        lines = [(time.perf_counter(), line) for line in process.stdout]
+    if process.returncode:
+        raise SystemExit(f"{''.join(line for _, line in lines)}\nfailed: {shlex.join(command[3:])}")
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return lines, int(lines[-1][1].split()[1]) * unit / 2**20
+
+
+def sps(lines: list[tuple[float, str]], args) -> float:
+    """Steps a second without the first two iterations, from the times of the lines that end each iteration."""
+    ends = [seconds for seconds, line in lines if line.startswith("SPS:")]
+    return (len(ends) - 2) * args.batch_size / (ends[-1] - ends[1])
+
+
+def run_trainer(trainer, args, flags: list[str]) -> tuple[float, float]:
+    """Steps a second and peak MiB of the real command."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, trainer.__file__, *flags, "--total-timesteps", str(args.total_timesteps)]
+        _, peak = launch([*command, "--eval-episodes", "0", "--run-dir", f"{folder}/run"])
+        return json.loads(Path(f"{folder}/run/result.json").read_text())["sps"], peak
+
+
+def run_cleanrl(trainer, args, checkout: Path) -> tuple[float, float]:
+    """Steps a second and peak MiB of CleanRL's script: its own SPS, over the whole run, is not comparable."""
+    script = "ppo.py" if "discrete" in trainer.__name__ else "ppo_atari.py"
+    bootstrap = [str(checkout.resolve()), script, str(threads(trainer)), str(getattr(args, "stickiness", 0))]
+    source, flags = (checkout / "cleanrl" / script).read_text(), []
+    for name, value in dataclasses.asdict(args).items():
+        flag = name.replace("_", "-")
+        if f"\n    {name}: " not in source:  # no field of CleanRL's Args
+            continue
+        if isinstance(value, bool):
+            flags.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            flags += [f"--{flag}", str(value)]
+    with tempfile.TemporaryDirectory() as folder:  # CleanRL writes ./runs
+        lines, peak = launch([sys.executable, "-u", "-c", CLEANRL, *bootstrap, *flags], cwd=folder)
+    return sps(lines, args), peak
+
+
+def train_sb3(trainer, args) -> None:
+    """Stable-Baselines3's PPO, in a process of its own; a line ends each iteration."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.callbacks import BaseCallback
+    from stable_baselines3.common.env_util import make_atari_env, make_vec_env
+    from stable_baselines3.common.vec_env import VecFrameStack, VecNormalize
+
+    class Clock(BaseCallback):
+        def _on_rollout_start(self) -> None:
+            if self.num_timesteps:
+                print("SPS:", flush=True)
+
+        def _on_step(self) -> bool:
+            return True
+
+        def _on_training_end(self) -> None:
+            print("SPS:", flush=True)
+
+    torch.set_num_threads(threads(trainer))
+    if "atari" in trainer.__name__:
+        import ale_py
+        import gymnasium
+
+        gymnasium.register_envs(ale_py)
+        env_kwargs = {"frameskip": 1, "repeat_action_probability": args.stickiness}  # its wrapper skips frames
+        envs = make_atari_env(args.env_id, args.num_envs, seed=args.seed, env_kwargs=env_kwargs)
+        policy, envs = "CnnPolicy", VecFrameStack(envs, 4)
+    else:
+        policy, envs = "MlpPolicy", make_vec_env(args.env_id, args.num_envs, seed=args.seed)
+        if args.norm_obs or args.norm_reward:
+            envs = VecNormalize(envs, norm_obs=args.norm_obs, norm_reward=args.norm_reward, gamma=args.gamma)
+    settings = dict(n_steps=args.num_steps, batch_size=args.minibatch_size, n_epochs=args.update_epochs, seed=args.seed)
+    settings |= dict(gamma=args.gamma, gae_lambda=args.gae_lambda, clip_range=args.clip_coef, target_kl=args.target_kl)
+    settings |= dict(ent_coef=args.ent_coef, vf_coef=args.vf_coef, max_grad_norm=args.max_grad_norm)
+    settings |= dict(normalize_advantage=args.norm_adv, clip_range_vf=args.clip_coef if args.clip_vloss else None)
+    rate = (lambda left: left * args.learning_rate) if args.anneal_lr else args.learning_rate
+    device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"
+    model = PPO(policy, envs, learning_rate=rate, device=device, **settings)
+    model.learn(args.total_timesteps, callback=Clock())
+
+
+def measure_turn(parts: Parts, flags: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """(a), (b), (c), (d) and the peers, one after the other."""
+    trainer, args = parts.trainer, parts.args
+    turn = {
+        "environments": parts.rate(parts.step, args.num_envs, options.seconds),
+        "policy": parts.rate(parts.act, args.num_envs, options.seconds),
+        "update": parts.rate(parts.update, args.batch_size, options.seconds),
+    }
+    turn["serial_bound"] = 1 / sum(1 / part for part in turn.values())
+    turn["overlapped_bound"] = min(turn["environments"], turn["policy"], turn["update"])
+    turn["trainer"], turn["trainer_peak_mib"] = run_trainer(trainer, args, flags)
+    turn["trainer_to_serial_bound"] = turn["trainer"] / turn["serial_bound"]
+    turn["trainer_to_overlapped_bound"] = turn["trainer"] / turn["overlapped_bound"]
+    if "sb3" in options.peer:
+        lines, peak = launch([sys.executable, __file__, *sys.argv[1:], "--child", "sb3"])
+        turn["sb3"], turn["sb3_peak_mib"] = sps(lines, args), peak
+    if "cleanrl" in options.peer:
+        turn["cleanrl"], turn["cleanrl_peak_mib"] = run_cleanrl(trainer, args, options.cleanrl)
+    return turn | {f"trainer_to_{peer}": turn["trainer"] / turn[peer] for peer in options.peer}
+
+
+def train_buffer(trainer, args, transitions: int) -> dict[str, float]:
+    """Fills a buffer of at least so many transitions with real play and trains on it for one epoch."""
+    num_steps = -(-transitions // BUFFER_MINIBATCH) * BUFFER_MINIBATCH // BUFFER_ENVS
+    num_minibatches = num_steps * BUFFER_ENVS // BUFFER_MINIBATCH
+    shape = {"num_envs": BUFFER_ENVS, "num_steps": num_steps, "num_minibatches": num_minibatches}
+    parts = Parts(trainer, dataclasses.replace(args, update_epochs=1, **shape))
+    times = [time.perf_counter()]
+    for phase in (parts.collect, parts.update):
+        phase()
+        parts.synchronize()
+        times.append(time.perf_counter())
+    capacity = parts.args.batch_size
+    tensors = [t for t in vars(parts.rollout).values() if isinstance(t, torch.Tensor)]
+    size = sum(t.numel() * t.element_size() for t in tensors)
+    return shape | {
+        "transitions": capacity,
+        "buffer_gb": size / 1e9,
+        "bytes_per_transition": size / capacity,
+        "fill_seconds": times[1] - times[0],
+        "epoch_seconds": times[2] - times[1],
+        "peak_gpu_gb": torch.cuda.max_memory_allocated() / 1e9 if parts.device.type == "cuda" else None,
+    }
+
+
+def number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+
+
+def commit(folder: Path) -> str:
+    return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("trainer", choices=["discrete", "atari"])
+    parser.add_argument("--env-id", help="default: the trainer's")
+    parser.add_argument("--flags", default="", help="further flags of the trainer, in one string")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=5.0, help="for each of (a), (b) and (c) in a turn")
+    parser.add_argument("--iterations", type=int, default=22, help="of (d) and the peers; the first two do not count")
+    parser.add_argument("--peer", nargs="+", action="extend", choices=["sb3", "cleanrl"], default=[])
+    parser.add_argument("--cleanrl", type=Path, metavar="PATH", help="checkout of CleanRL, for --peer cleanrl")
+    parser.add_argument("--buffer", type=int, nargs="+", metavar="N", help="measure only the memory of N transitions")
+    parser.add_argument("--tag", help="end of the record's name")
+    parser.add_argument("--output", type=Path, help="write the record here")
+    parser.add_argument("--child", choices=["sb3", "buffer"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if "cleanrl" in options.peer and not (options.cleanrl and (options.cleanrl / "cleanrl").is_dir()):
+        parser.error("--peer cleanrl needs --cleanrl PATH, a checkout of https://github.com/vwxyzjn/cleanrl")
+    if options.turns < 1 or options.iterations < 4:
+        parser.error("--turns must be at least 1 and --iterations at least 4")
+
+    trainer = load(ROOT / f"ppo_clip_{options.trainer}.py")
+    flags = [*(["--env-id", options.env_id] if options.env_id else []), *shlex.split(options.flags)]
+    args = tyro.cli(trainer.Args, args=flags)
+    args = dataclasses.replace(args, total_timesteps=options.iterations * args.batch_size)
+    trainer.check(args)
+    if options.child == "sb3":
+        train_sb3(trainer, args)
+        return
+    if options.child == "buffer":
+        print(json.dumps(train_buffer(trainer, args, options.buffer[0])))
+        return
+
+    packages = ["torch", "gymnasium", "ale-py", "numpy", *(["stable-baselines3"] if "sb3" in options.peer else [])]
+    record = {
+        "command": "python benchmarks/throughput.py " + shlex.join(sys.argv[1:]),
+        "env_id": args.env_id,
+        "seed": args.seed,
+        "commit": commit(ROOT),
+        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "hardware": hardware(),
+        "threads": threads(trainer),
+    }
+    if "cleanrl" in options.peer:
+        record["versions"]["cleanrl"] = commit(options.cleanrl)
+    print(f"ppo_clip_{options.trainer}.py, {args.env_id}, {record['hardware']}", flush=True)
+    if options.buffer:
+        options.tag = options.tag or "buffer"
+        record["buffers"] = []
+        for transitions in options.buffer:
+            child = ["--child", "buffer", "--buffer", str(transitions)]  # its own process, so that peaks do not mix
+            lines, peak = launch([sys.executable, __file__, *sys.argv[1:], *child])
+            found = next(line for _, line in lines if line.startswith('{"num_envs"'))
+            record["buffers"].append(json.loads(found) | {"peak_resident_gb": peak * 2**20 / 1e9})
+            text = "{transitions:,} transitions: buffer {buffer_gb:.3f} GB, {bytes_per_transition:.0f} bytes each; "
+            text += "process peak {peak_resident_gb:.3f} GB; fill {fill_seconds:.1f} s, epoch {epoch_seconds:.1f} s"
+            print(text.format(**record["buffers"][-1]), flush=True)
+    else:
+        record["settings"] = dataclasses.asdict(args)
+        parts = Parts(trainer, args)
+        for _ in range(4 if parts.device.type == "cuda" else 1):  # the fourth call records a CUDA graph
+            parts.collect()
+            parts.update()
+        record["turns"] = []
+        for _ in range(options.turns):
+            record["turns"].append(measure_turn(parts, flags, options))
+            rates = ("environments", "policy", "update", "trainer", *options.peer)
+            print(", ".join(f"{name} {number(record['turns'][-1][name])}" for name in rates), flush=True)
+        if parts.device.type == "cuda":
+            record["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20  # of the parts in this process
+        record["median"] = {key: statistics.median(turn[key] for turn in record["turns"]) for key in record["turns"][0]}
+        print(f"\n{'environment steps a second':32}{'median':>12}" + f"{'turn':>12}" * options.turns)
+        for key, median in record["median"].items():
+            values = [median, *(turn[key] for turn in record["turns"])]
+            print(f"{key.replace('_', ' '):32}" + "".join(f"{number(value):>12}" for value in values))
+    name = "_".join(filter(None, ["throughput", options.trainer, args.env_id.replace("/", "-"), options.tag]))
+    path = options.output or ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"record {path}")
+
+
+if __name__ == "__main__":
+    main()
