@@ -310,8 +310,10 @@ class Rollout:
         self.idx = torch.arange((T + 1) * N, device=device).view(T + 1, N)  # (T+1, N) a transition's number
         # (T+5, N, 84, 84): 3 frames from before the rollout, then step t's newest frame in row t+3, then black ones
         self.frames = torch.zeros((T + 5, N, *picture), dtype=torch.uint8, device=device)
-        self.newest = torch.zeros((N, *picture), dtype=torch.uint8, pin_memory=device.type == "cuda")  # on the host
         self.history = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # earlier frames of the same game
+        pinned = device.type == "cuda"  # so that the two below cross the bus while the host goes on
+        self.newest = torch.zeros((N, *picture), dtype=torch.uint8, pin_memory=pinned)  # frames, on the host
+        self.host_history = torch.zeros((T + 1, N), dtype=torch.int64, pin_memory=pinned)
         self.actions = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # (T+1, N)
         self.log_probs = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) of pi_old, all actions
         self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old
@@ -398,7 +400,8 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
     T, N = rollout.rewards.shape
     rewards = np.zeros((T, N), dtype=np.float32)
     terminated, truncated = np.zeros((2, T, N), dtype=bool)
-    history = np.full((T + 1, N), 3)  # the frames before the rollout are black where no game was yet
+    history = rollout.host_history.numpy()
+    history[0] = 3  # the frames before the rollout are black where no game was yet
     final_obs = {}  # (t, n) of a truncated game -> its last observation
     for (_, part), obs in zip(episodes.groups, episodes.obs):
         rollout.frames[:3, part] = to_tensor(obs[:, :3], device).transpose(0, 1)
@@ -414,7 +417,7 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
                     final_obs[t - 1, part.start + int(n)] = info["final_obs"][n]
             rollout.newest[part] = torch.from_numpy(episodes.obs[group][:, 3])
             rollout.frames[t + 3, part].copy_(rollout.newest[part], non_blocking=True)
-            rollout.history[t, part] = torch.from_numpy(history[t, part])
+            rollout.history[t, part].copy_(rollout.host_history[t, part], non_blocking=True)
             actions = act(agent, rollout, rollout.idx[t, part])
             if t < T:
                 envs.send(actions.cpu().numpy())

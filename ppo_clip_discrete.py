@@ -344,9 +344,10 @@ class Rollout:
 
     def __init__(self, args: Args, envs: VectorEnv, device: torch.device):
         T, N, A = args.num_steps, args.local_envs, int(envs.single_action_space.n)
-        obs = to_tensor(envs.observation_space.sample(), device)
+        obs = to_tensor(envs.observation_space.sample(), torch.device("cpu"))
         self.idx = torch.arange((T + 1) * N, device=device).view(T + 1, N)  # (T+1, N) a transition's number
         self.obs = torch.zeros((T + 1, *obs.shape), dtype=obs.dtype, device=device)  # (T+1, N, *shape) raw
+        self.newest = torch.zeros(obs.shape, dtype=obs.dtype, pin_memory=device.type == "cuda")  # a step's, on the host
         self.actions = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # (T+1, N)
         self.log_probs = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) of pi_old, all actions
         self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old
@@ -434,9 +435,12 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
     discounted = np.zeros((T, N), dtype=np.float32)
     terminated, truncated = np.zeros((2, T, N), dtype=bool)
     final_obs = []  # of the truncated episodes, in the order of np.nonzero(cut)
-    for t in range(T):
-        rollout.obs[t] = to_tensor(episodes.obs, device)
+    for t in range(T + 1):
+        rollout.newest.copy_(torch.as_tensor(episodes.obs))
+        rollout.obs[t].copy_(rollout.newest, non_blocking=True)
         actions = act(agent, rollout, rollout.idx[t])
+        if t == T:
+            break
         episodes.obs, reward, terminated[t], truncated[t], info = step(episodes.envs, actions)
         over = terminated[t] | truncated[t]
         rewards[t] = reward
@@ -444,8 +448,6 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
         episodes.discounted[over] = 0.0
         episodes.add(reward, over)
         final_obs.extend(info["final_obs"][n] for n in np.flatnonzero(truncated[t] & ~terminated[t]))
-    rollout.obs[T] = to_tensor(episodes.obs, device)
-    act(agent, rollout, rollout.idx[T])
     if final_obs:
         cut = np.nonzero(truncated & ~terminated)
         rollout.final_values[cut] = agent(to_tensor(np.stack(final_obs), device))[1]

@@ -103,7 +103,7 @@ def test_a_captured_gradient_that_is_not_finite_changes_nothing(trainer):
 
 def test_captured_actions_differ_between_steps_and_follow_the_softmax(trainer):
     """The random numbers of a captured step go on: the same states get other actions, in the policy's proportions."""
-    args, agent, _, _, rollout = state(trainer, "cuda", num_envs=64, num_steps=4)
+    _, agent, _, _, rollout = state(trainer, "cuda", num_envs=64, num_steps=4)
     with torch.no_grad():
         agent.policy_head.bias.copy_(torch.linspace(-0.5, 0.5, len(agent.policy_head.bias)))
     act, idx = trainer.Graph(trainer.act), rollout.idx[0]
@@ -114,9 +114,9 @@ def test_captured_actions_differ_between_steps_and_follow_the_softmax(trainer):
     torch.testing.assert_close(counts.mean(0), probs.mean(0), atol=0.01, rtol=0)
 
 
-def test_one_host_sync_a_step(trainer):
-    """Within `act`, nothing waits for the GPU: reading the actions, outside of it, is the one sync."""
-    args, agent, _, _, rollout = state(trainer, "cuda")
+def test_acting_waits_for_nothing(trainer):
+    """The one host sync of a step is reading its actions."""
+    _, agent, _, _, rollout = state(trainer, "cuda")
     act = trainer.Graph(trainer.act)
     for _ in range(4):
         act(agent, rollout, rollout.idx[0])
