@@ -192,25 +192,13 @@ def gather(value: Any) -> list:
 
 def from_rank_0(function: Callable[[], Any]) -> Any:
     """What `function` returns on rank 0, which alone calls it, on every rank."""
-    values = [function() if ranks()[0] == 0 else None]
-    if dist.is_initialized():
-        with together():
-            dist.broadcast_object_list(values)
-    return values[0]
+    return gather(function() if ranks()[0] == 0 else None)[0]
 
 
 def moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
     mean = all_mean(rows.mean(0))
     return mean, all_mean((rows - mean).square().mean(0))
-
-
-def broadcast(agent: nn.Module) -> None:
-    """Gives every rank the parameters and statistics of rank 0."""
-    if dist.is_initialized():
-        with together():
-            for tensor in agent.state_dict().values():
-                dist.broadcast(tensor, 0)
 
 
 def digest(agent: nn.Module) -> str:
@@ -1067,7 +1055,7 @@ def train(args: Args) -> None:
             )
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             fail(f"the checkpoint in {run_dir} is not of this script and environment: {error}")
-    broadcast(agent)
+    agent.load_state_dict(from_rank_0(lambda: {name: x.cpu() for name, x in agent.state_dict().items()}))
     seed_all(int(env_seeds(args.seed, 3 + done, world)[rank]))  # from here on every rank draws its own numbers
     if state is not None and len(state["random"]) == world:
         set_random_states(state["random"][rank])

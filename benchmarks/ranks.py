@@ -1,0 +1,108 @@
+"""The same job as one process and as ranks under torchrun, on the cores of this machine, and what an all-reduce takes.
+
+    python benchmarks/ranks.py --ranks 2
+    python benchmarks/ranks.py --ranks 8 --env-id ALE/Breakout-v5 --flags "--num-envs 512"      # on eight GPUs
+
+Every turn trains for 12 iterations as one process, with all threads, and as ranks, each with its share of them; `sps`
+counts without the first two. Writes benchmarks/results/ranks_<env>.json.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import tyro
+from learning import ROOT, hardware
+from throughput import load
+
+ITERATIONS = 12
+
+
+def all_reduce(count: int) -> None:
+    """Prints the median milliseconds that summing `count` float32 over the ranks takes."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    gradient, times = torch.zeros(count, device="cuda" if on_gpu else "cpu"), []
+    for _ in range(50):
+        started = time.perf_counter()
+        dist.all_reduce(gradient)
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    if dist.get_rank() == 0:
+        print("all_reduce_ms", 1e3 * statistics.median(times), flush=True)
+    dist.destroy_process_group()
+
+
+def torchrun(ranks: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+
+
+def train(trainer: Path, flags: list[str], ranks: int) -> tuple[float, int]:
+    """Steps a second of the whole job, and the network's parameters."""
+    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // ranks))}
+    with tempfile.TemporaryDirectory() as folder:
+        command = torchrun(ranks) if ranks > 1 else [sys.executable]
+        command += [str(trainer), *flags, "--eval-episodes", "0", "--run-dir", f"{folder}/run"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | threads)
+        result = json.loads(Path(f"{folder}/run/result.json").read_text())
+        optimizer = torch.load(f"{folder}/run/checkpoint.pt", weights_only=True, map_location="cpu")["optimizer"]
+    return result["sps"], sum(state["exp_avg"].numel() for state in optimizer["state"].values())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--env-id", default="PongNoFrameskip-v4")
+    parser.add_argument("--flags", default="", help="further flags of the trainer, in one string")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--all-reduce", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.all_reduce:
+        all_reduce(options.all_reduce)
+        return
+    atari = options.env_id.startswith("ALE/") or "NoFrameskip" in options.env_id
+    trainer = ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
+    flags = ["--env-id", options.env_id, *shlex.split(options.flags)]
+    batch_size = tyro.cli(load(trainer).Args, args=flags).batch_size
+    flags += ["--total-timesteps", str(ITERATIONS * batch_size)]
+    turns = []
+    for _ in range(options.turns):
+        one_process, parameters = train(trainer, flags, 1)
+        ranks, _ = train(trainer, flags, options.ranks)
+        turns.append({"one_process": one_process, "ranks": ranks, "ratio": ranks / one_process})
+        print({key: round(value, 2) for key, value in turns[-1].items()}, flush=True)
+    child = [*torchrun(options.ranks), __file__, "--all-reduce", str(parameters)]
+    printed = subprocess.run(child, check=True, capture_output=True, text=True).stdout
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    record = {
+        "command": "python benchmarks/ranks.py " + shlex.join(sys.argv[1:]),
+        "env_id": options.env_id,
+        "seed": 1,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "hardware": hardware(),
+        "ranks": options.ranks,
+        "turns": turns,
+        "median": {key: statistics.median(turn[key] for turn in turns) for key in turns[0]},
+        "parameters": parameters,
+        "all_reduce_ms": float(printed.split("all_reduce_ms")[1].split()[0]),
+    }
+    name = options.env_id.replace("/", "-")
+    (ROOT / "benchmarks" / "results" / f"ranks_{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    print(f"median ratio {record['median']['ratio']:.2f}, all-reduce {record['all_reduce_ms']:.2f} ms")
+
+
+if __name__ == "__main__":
+    main()
