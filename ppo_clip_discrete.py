@@ -83,7 +83,7 @@ class Args:
     # The environment
     env_id: str = "CartPole-v1"
     """environment id, `module:Name-v0` for one that a module of yours registers"""
-    num_envs: int = 64
+    num_envs: int = 32
     """N, environments that are played side by side"""
     num_steps: int = 32
     """T, steps in each environment an iteration"""
@@ -99,7 +99,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 4
+    num_minibatches: int = 8
     """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
     update_epochs: int = 10
     """K, passes over the rollout an iteration"""

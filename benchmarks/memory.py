@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 ITERATIONS = 200
 RUNS = {
-    "ppo_clip_discrete.py": ("CartPole-v1", 2048, ""),
+    "ppo_clip_discrete.py": ("CartPole-v1", 1024, ""),
     "ppo_clip_atari.py": ("ALE/Breakout-v5", 256, "--num-envs 8 --num-steps 32 --num-minibatches 2"),
 }
 # runs the script as `python script …` does, and prints the process's resident memory after each iteration

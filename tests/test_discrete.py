@@ -319,7 +319,7 @@ def test_run_folder(script, tmp_path, monkeypatch, capsys):
     assert record["command"] == sys.argv and record["versions"]["torch"] == torch.__version__
     assert (run_dir / Path(script.__file__).name).read_bytes() == Path(script.__file__).read_bytes()
     state = checkpoint(run_dir)
-    assert state["iteration"] == 5 and state["global_step"] == 10240
+    assert state["iteration"] == 10 and state["global_step"] == 10240
     result = json.loads((run_dir / "result.json").read_text())
     keys = "eval_return_mean eval_return_std eval_episodes global_step wall_seconds sps seed env_id"
     assert set(result) == set(keys.split())
@@ -328,7 +328,7 @@ def test_run_folder(script, tmp_path, monkeypatch, capsys):
     tags = set(events.Tags()["scalars"])
     assert {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate"} <= tags
     assert {"losses/approx_kl", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/clipfrac"} <= tags
-    assert [e.step for e in events.Scalars("losses/approx_kl")] == [2048 * i for i in range(1, 6)]
+    assert [e.step for e in events.Scalars("losses/approx_kl")] == [1024 * i for i in range(1, 11)]
     assert not list(run_dir.glob("*.tmp"))
 
 
@@ -464,4 +464,4 @@ def test_copied_script_runs_alone(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "mine.py").read_bytes() == SCRIPT.read_bytes()
-    assert checkpoint(tmp_path / "run")["iteration"] == 2
+    assert checkpoint(tmp_path / "run")["iteration"] == 4

@@ -217,12 +217,18 @@ def impala():
 
 class Agent(nn.Module):"""
 VARIANTS = {
-    "narrow": [("512", "96"), ("Conv2d(4, 32", "Conv2d(4, 16"), ("Conv2d(32, 64", "Conv2d(16, 64")],
+    "narrow": [
+        ("7, 512)", "7, 96)"),
+        ("Linear(512", "Linear(96"),
+        ("Conv2d(4, 32", "Conv2d(4, 16"),
+        ("Conv2d(32, 64", "Conv2d(16, 64"),
+    ],
     "layer_norm": [
         ("            nn.Flatten(),\n", "            nn.Flatten(),\n            nn.LayerNorm(64 * 7 * 7),\n")
     ],
     "impala": [
-        ("512", "96"),
+        ("7, 512)", "7, 96)"),
+        ("Linear(512", "Linear(96"),
         ("\n\nclass Agent(nn.Module):", IMPALA),
         ("        self.policy_head =", "        self.encoder = impala()\n        self.policy_head ="),
     ],
