@@ -19,7 +19,7 @@ TRAINER = ROOT / "ppo_clip_discrete.py"
 POINTS = 60  # of a curve, at most
 STEPS = {
     "CartPole-v1": 100_000,
-    "Acrobot-v1": 300_000,
+    "Acrobot-v1": 150_000,
     "time_limit_env:Corridor4-v0": 60_000,
     "time_limit_env:Corridor64-v0": 60_000,
 }

@@ -7,17 +7,16 @@ goes on, since what the same source has run is not run again. Choose on some see
 """
 
 import argparse
-import hashlib
 import json
-import os
-import platform
+import math
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from learning import ROOT, hardware, sha256
+
 TRAINER = ROOT / "ppo_clip_discrete.py"
 RECORD = ROOT / "benchmarks" / "results" / "sweep.json"
 STEPS = {"CartPole-v1": 100_000, "Acrobot-v1": 300_000, "MountainCar-v0": 500_000, "LunarLander-v3": 1_000_000}
@@ -25,6 +24,8 @@ STEPS = {"CartPole-v1": 100_000, "Acrobot-v1": 300_000, "MountainCar-v0": 500_00
 
 def run(setting: str, env_id: str, seed: int) -> dict:
     """One training run in a process of its own."""
+    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--env-id {env_id} --total-timesteps {STEPS[env_id]} --seed {seed} --eval-episodes 100 {setting}"
         command = [sys.executable, str(TRAINER), *flags.split(), "--run-dir", f"{folder}/run"]
@@ -37,8 +38,9 @@ def run(setting: str, env_id: str, seed: int) -> dict:
         "exit_code": code,
         "eval_return_mean": result.get("eval_return_mean"),
         "sps": result.get("sps"),
-        "trainer_sha256": hashlib.sha256(TRAINER.read_bytes()).hexdigest()[:12],
-        "hardware": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "trainer_sha256": sha256(TRAINER),
+        "commit": commit,
+        "hardware": hardware(),
     }
 
 
@@ -49,21 +51,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12])
     options = parser.parse_args()
     runs = json.loads(RECORD.read_text()) if RECORD.exists() else []
-    sha256 = hashlib.sha256(TRAINER.read_bytes()).hexdigest()[:12]
     for setting in options.settings:
         for env_id in options.env_ids:
             for seed in options.seeds:
-                key = (setting, env_id, seed, sha256)
+                key = (setting, env_id, seed, sha256(TRAINER))
                 if key in {(r["setting"], r["env_id"], r["seed"], r["trainer_sha256"]) for r in runs}:
                     continue
                 runs.append(run(setting, env_id, seed))
-                RECORD.write_text(json.dumps(runs, indent=1) + "\n")
+                RECORD.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")  # a line a run
             scores = [
                 r["eval_return_mean"]
                 for r in runs
-                if (r["setting"], r["env_id"]) == (setting, env_id) and r["eval_return_mean"] is not None
+                if (r["setting"], r["env_id"], r["trainer_sha256"]) == (setting, env_id, sha256(TRAINER))
+                and r["eval_return_mean"] is not None
             ]
-            print(f"{setting or '(defaults)':50} {env_id:15} {statistics.mean(scores):8.1f}  {scores}", flush=True)
+            print(
+                f"{setting or '(defaults)':50} {env_id:15} {statistics.mean(scores or [math.nan]):8.1f}  {scores}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
