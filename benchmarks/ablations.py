@@ -72,6 +72,7 @@ def ablate(variant: str, flags: str) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--env-ids", nargs="+", choices=STEPS, default=list(STEPS), metavar="ENV")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs side by side: wall times then are theirs")
     parser.add_argument("--total-timesteps", type=int, help="instead of each environment's own, for a trial")
@@ -84,7 +85,7 @@ def main() -> None:
     jobs = []
     for variant in options.only:
         _, env_ids, own_flags, _ = VARIANTS[variant]
-        for env_id in env_ids:
+        for env_id in (e for e in env_ids if e in options.env_ids):
             steps = options.total_timesteps or STEPS[env_id]
             episodes = 0 if env_id in CORRIDOR else 100  # one episode of a new corridor is not the continuing task
             for seed in options.seeds:
