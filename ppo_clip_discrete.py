@@ -9,6 +9,7 @@ then climbs the clipped surrogate for K epochs of minibatches:
     python ppo_clip_discrete.py                                                      # CartPole-v1, some seconds
     python ppo_clip_discrete.py --env-id LunarLander-v3 --total-timesteps 1000000
     python ppo_clip_discrete.py --resume runs/<run>                                  # goes on where a run stopped
+    torchrun --standalone --nproc-per-node 2 ppo_clip_discrete.py                    # the same job as two processes
 """
 
 import contextlib
