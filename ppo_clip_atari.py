@@ -13,7 +13,7 @@ then climbs the clipped surrogate for K epochs of minibatches:
 
 The settings of the paper and of CleanRL:
 
-    python ppo_clip_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4
+    python ppo_clip_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 \\
         --learning-rate 2.5e-4
 """
 
