@@ -50,6 +50,7 @@ import torch.nn as nn
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from gymnasium.vector import AutoresetMode, VectorEnv
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -165,7 +166,10 @@ def start_ranks(args: Args) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if dist.is_torchelastic_launched():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=RANK_TIMEOUT)
+        store, rank, world = next(rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # not a dead start's addresses
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=RANK_TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 

@@ -45,6 +45,7 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from torch.distributed.rendezvous import rendezvous
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -153,7 +154,10 @@ def start_ranks(args: Args) -> torch.device:
     if on_gpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     if dist.is_torchelastic_launched():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=RANK_TIMEOUT)
+        store, rank, world = next(rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # not a dead start's addresses
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=RANK_TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 

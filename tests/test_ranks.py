@@ -1,5 +1,6 @@
 """Several processes under torchrun learn what one process learns, and survive each other's faults."""
 
+import contextlib
 import json
 import os
 import re
@@ -189,7 +190,8 @@ def test_a_rank_that_hangs_ends_the_job_in_a_line(tmp_path):
     try:
         assert process.wait(timeout=120) != 0
     finally:
-        os.kill(pids[1], signal.SIGCONT)
+        with contextlib.suppress(ProcessLookupError):  # torchrun has killed it
+            os.kill(pids[1], signal.SIGCONT)
     (line,) = errors((tmp_path / "log").read_text())
     assert "waited in vain for the other ranks" in line
     assert checkpoint(tmp_path / "run")["global_step"] > 0
