@@ -15,7 +15,7 @@ def test_every_flag_exists():
     flags = {f"--{f.replace('_', '-')}" for script in scripts for f in script.Args.__dataclass_fields__}
     others = "script logdir standalone nproc-per-node max-restarts nnodes rdzv-id rdzv-backend rdzv-endpoint"
     others += " nodes ntasks-per-node gpus-per-node cpus-per-task"  # of pytest, TensorBoard, torchrun and SLURM
-    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {f"--{flag}" for flag in others.split()}
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", README)) - {f"--{flag}" for flag in others.split()}
     assert mentioned and mentioned <= flags | {"--no-episodic-life", "--help"}, mentioned - flags
 
 
