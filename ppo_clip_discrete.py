@@ -128,6 +128,7 @@ class Args:
 
     @property
     def local_envs(self) -> int:
+        """Environments that this rank plays."""
         return self.num_envs // ranks()[1]
 
     @property

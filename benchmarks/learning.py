@@ -64,8 +64,7 @@ def read_run(run_dir: Path, points: int = POINTS, threshold: float | None = None
     }
     if (run_dir / "checkpoint.pt").exists():
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        # Scores of the last 100 games in the order in which they ended; older checkpoints have them elsewhere.
-        games = state["recent"] if "recent" in state else state["episodes"]["recent"]
+        games = state["recent"]  # scores of the last 100 games in the order in which they ended
         run["mean_last_20_games"] = statistics.mean(games[-20:]) if len(games) >= 20 else None
         run["games_until_step"] = state["global_step"]
 

@@ -223,3 +223,29 @@ def test_ranks_that_differ_are_found(tmp_path):
     done = torchrun(2, driver, DISCRETE, json.dumps(args))
     assert done.returncode != 0 and all("parameters differ" in line for line in errors(done.stderr))
     assert errors(done.stderr) and not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_what_is_not_finite_on_one_rank_stops_all(tmp_path):
+    """No rank takes the step, both end in a line, and the checkpoint before stays."""
+    driver = tmp_path / "driver.py"
+    patch = """
+update, moved = trainer.update, []
+def poisoned(agent, optimizer, rollout, advantages, returns, *rest):
+    before = trainer.digest(agent)
+    if len(moved) == 2 and rank == 1:
+        returns = returns + float("inf")
+    result = update(agent, optimizer, rollout, advantages, returns, *rest)
+    moved.append(trainer.digest(agent) != before)
+    with open(f"rank{rank}", "w") as file:
+        json.dump(moved, file)
+    return result
+trainer.update = poisoned
+"""
+    driver.write_text(DRIVER.replace("trainer.train(", patch + "trainer.train("))
+    args = {"num_envs": 8, "num_steps": 16, "total_timesteps": 640, "cuda": False, "checkpoint_interval": 2}
+    done = torchrun(2, driver, DISCRETE, json.dumps(args | {"run_dir": str(tmp_path / "run")}), cwd=tmp_path)
+    assert done.returncode != 0
+    for rank in (0, 1):
+        assert json.loads((tmp_path / f"rank{rank}").read_text()) == [True, True, False]
+    assert errors(done.stderr) and all("iteration 3: not finite" in line for line in errors(done.stderr))
+    assert checkpoint(tmp_path / "run")["iteration"] == 2
