@@ -521,21 +521,24 @@ def categorical_kl(old_log_probs: torch.Tensor, log_probs: torch.Tensor) -> torc
 
 
 class ClippedAdam(torch.optim.Adam):
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on one flat gradient, which all ranks average and whose norm is clipped.
+    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on all parameters as one flat tensor, whose gradient's norm is clipped.
 
-    Every parameter's `.grad` is a view of `gradient` (P,). From a gradient that is not finite on, parameters stay as
-    they were: `found_inf` makes the fused Adam skip its step, without a host sync.
+    Every parameter of `agent` becomes a view of `weights` (P,), its `.grad` one of `weights.grad`, which all ranks
+    average. From a gradient that is not finite on, parameters stay as they were: `found_inf` makes the fused Adam skip
+    its step, without a host sync.
     """
 
     def __init__(self, agent: nn.Module, args: Args):
         params = list(agent.parameters())
-        device = params[0].device
+        sizes = [p.numel() for p in params]
+        self.weights = torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in params])  # as they lie in memory
+        self.weights.grad = torch.zeros_like(self.weights)
+        for p, weight, grad in zip(params, self.weights.split(sizes), self.weights.grad.split(sizes)):
+            p.data, p.grad = (flat.as_strided(p.shape, p.stride()) for flat in (weight, grad))
+        device = self.weights.device
         lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a captured step reads the current one
-        super().__init__(params, lr, eps=1e-5, fused=True, capturable=device.type == "cuda")
+        super().__init__([self.weights], lr, eps=1e-5, fused=True, capturable=device.type == "cuda")
         self.max_grad_norm = args.max_grad_norm
-        self.gradient = torch.zeros(sum(p.numel() for p in params), device=device)
-        for p, part in zip(params, self.gradient.split([p.numel() for p in params])):
-            p.grad = part.as_strided(p.shape, p.stride())
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
 
     @property
@@ -549,10 +552,10 @@ class ClippedAdam(torch.optim.Adam):
 
     def descend(self, loss: torch.Tensor) -> torch.Tensor:
         """One step down the gradient of `loss`; returns the gradient's norm before clipping."""
-        self.gradient.zero_()
+        gradient = self.weights.grad.zero_()
         loss.backward()
-        norm = all_mean(self.gradient).norm()
-        self.gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        norm = all_mean(gradient).norm()
+        gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.found_inf.copy_(torch.maximum(self.found_inf, (~norm.isfinite()).float()))
         self.step()
         return norm
@@ -604,7 +607,6 @@ def update(
 
     A gradient that is not finite leaves the parameters as they were from there on, and the metric `finite` below 1.
     """
-    params = list(agent.parameters())
     old_values = rollout.values[:-1].clone()
     advantages, minibatches = advantages.flatten(), (args.num_minibatches, -1)
     rollout.returns.copy_(returns)
@@ -613,14 +615,14 @@ def update(
     history = []
     trust_region = {}
     for _ in range(args.update_epochs):
-        before = [p.detach().clone() for p in params] if args.target_kl is not None else []
+        before = optimizer.weights.clone()
         order = torch.randperm(len(advantages), device=advantages.device).view(minibatches)
         shuffled = normalise(advantages[order]) if args.norm_adv else advantages[order]
         for idx, minibatch_advantages in zip(order, shuffled):
             metrics = learn(agent, optimizer, rollout, idx, minibatch_advantages, c2, args)
             history.append(torch.stack([*metrics.values()]))
         if args.target_kl is not None:
-            trust_region = backtrack(agent, params, before, rollout, args)
+            trust_region = backtrack(agent, optimizer.weights, before, rollout, args)
             if trust_region["step_fraction"] < 1.0:
                 break
     explained = 1 - moments((returns - old_values).flatten())[1] / moments(returns.flatten())[1]
@@ -634,18 +636,18 @@ def update(
 
 @torch.no_grad()
 def backtrack(
-    agent: Agent, params: list[torch.Tensor], before: list[torch.Tensor], rollout: Rollout, args: Args
+    agent: Agent, weights: torch.Tensor, before: torch.Tensor, rollout: Rollout, args: Args
 ) -> dict[str, float]:
-    """Halves the epoch's step from `before` until mean KL(pi_old || pi) <= target_kl (TRPO's line search, appendix C).
+    """Halves the epoch's step from `before` (P,) to `weights` (P,) until mean KL(pi_old || pi) <= target_kl.
 
-    Returns the KL over the whole batch and the fraction of the step that was kept, 0 if ten halvings were not enough.
+    TRPO's line search (Schulman et al. 2015, arXiv:1502.05477, appendix C). Returns the KL over the whole batch and the
+    fraction of the step that was kept, 0 if ten halvings were not enough.
     """
-    after = [p.clone() for p in params]
+    after = weights.clone()
     old_log_probs = rollout.log_probs[:-1].flatten(0, 1)
     minibatches = torch.arange(len(old_log_probs), device=old_log_probs.device).view(args.num_minibatches, -1)
     for fraction in [1.0, *(0.5**k for k in range(1, 11)), 0.0]:
-        for p, start, end in zip(params, before, after):
-            p.copy_(start.lerp(end, fraction))
+        weights.copy_(before.lerp(after, fraction))
         kls = []
         for idx in minibatches:
             log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)

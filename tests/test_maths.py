@@ -138,7 +138,6 @@ def test_normalised_advantages(trainer):
 def test_minibatches_are_drawn_without_replacement(trainer, monkeypatch, norm_adv):
     """K epochs of M minibatches: each epoch holds every transition once, with its own advantage, in a new order."""
     args = trainer.Args(num_envs=4, num_steps=6, num_minibatches=3, update_epochs=2, norm_adv=norm_adv)
-    agent = torch.nn.Linear(1, 1)
     rollout = SimpleNamespace(values=torch.zeros(7, 4), returns=torch.zeros(6, 4))
     advantages, seen = torch.arange(24.0).view(6, 4), []
 
@@ -149,8 +148,8 @@ def test_minibatches_are_drawn_without_replacement(trainer, monkeypatch, norm_ad
         seen.append(idx)
         return {"entropy": torch.tensor(1.0)}
 
-    optimizer = SimpleNamespace(found_inf=torch.ones(()))
-    trainer.update(agent, optimizer, rollout, advantages, 2 * advantages, 0.25, args, learn)
+    optimizer = SimpleNamespace(found_inf=torch.ones(()), weights=torch.zeros(1))
+    trainer.update(None, optimizer, rollout, advantages, 2 * advantages, 0.25, args, learn)
     assert [len(idx) for idx in seen] == [8] * 6
     first, second = torch.cat(seen[:3]), torch.cat(seen[3:])
     assert torch.equal(first.sort()[0], torch.arange(24)) and torch.equal(second.sort()[0], torch.arange(24))
