@@ -85,7 +85,7 @@ class Args:
     # The environment
     env_id: str = "CartPole-v1"
     """environment id, `module:Name-v0` for one that a module of yours registers"""
-    num_envs: int = 32
+    num_envs: int = 64
     """N, environments that are played side by side"""
     num_steps: int = 32
     """T, steps in each environment an iteration"""
@@ -93,7 +93,7 @@ class Args:
     """environment steps of the whole run, over all environments"""
 
     # Learning
-    learning_rate: float = 2e-3
+    learning_rate: float = 5e-3
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
@@ -101,7 +101,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    num_minibatches: int = 8
+    num_minibatches: int = 4
     """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
     update_epochs: int = 10
     """K, passes over the rollout an iteration"""
@@ -111,13 +111,13 @@ class Args:
     """normalise observations by their running mean and variance (inside the network)"""
     norm_reward: bool = True
     """divide rewards by the running standard deviation of the discounted return"""
-    clip_coef: float = 0.2
+    clip_coef: float = 0.1
     """epsilon, the clipping range of the ratio"""
     clip_vloss: bool = False
     """clip the value's step too, as OpenAI's baselines do"""
     ent_coef: float = 0.0
     """c2, weight of the entropy bonus"""
-    vf_coef: float = 0.5
+    vf_coef: float = 1.0
     """c1, weight of the value loss"""
     max_grad_norm: float = 0.5
     """longest gradient (global norm) that is not scaled down"""

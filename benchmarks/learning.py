@@ -11,13 +11,15 @@ Writes benchmarks/results/learning_<env>.json after every seed, failed ones incl
                           checkpoint: the end of training where the run is `finished`
     curve                 charts/episodic_return_100, thinned to at most 100 points; `seconds` are wall time since the
                           log began, a pause before --resume included
-    threshold             first point of the whole curve at or above --threshold (`reached`), and the first from which
-                          it stays there to the end (`held`)
+    threshold             first point of the whole curve at or above --threshold (`reached`), the first from which it
+                          stays there to the end (`held`), and the first iteration whose ended games have that mean,
+                          charts/episodic_return (`iteration`)
 """
 
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -75,10 +77,15 @@ def read_run(run_dir: Path, points: int = POINTS, threshold: float | None = None
     if threshold is not None:
         above = [e.value >= threshold for e in scores]
         held = len(above) - [*reversed(above), False].index(False)  # the first point after the last one below
-        run["threshold"] = {"return": threshold, "reached": None, "held": None}
-        for name, i in (("reached", above.index(True) if any(above) else len(above)), ("held", held)):
-            if i < len(scores):
-                run["threshold"][name] = {"step": scores[i].step, "seconds": round(scores[i].wall_time - began, 1)}
+        ended = events.Scalars("charts/episodic_return") if scores else []
+        points_of = {
+            "reached": next((e for e in scores if e.value >= threshold), None),
+            "held": scores[held] if held < len(scores) else None,
+            "iteration": next((e for e in ended if e.value >= threshold), None),
+        }
+        run["threshold"] = {"return": threshold} | {
+            name: e and {"step": e.step, "seconds": round(e.wall_time - began, 2)} for name, e in points_of.items()
+        }
     stride = max(1, -(-len(scores) // points))
     chosen = scores[::-stride][::-1]  # from the end, which stays
     run["curve"] = {
@@ -123,6 +130,16 @@ def side_by_side(function: Callable, jobs: Iterable[tuple], workers: int) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
+def median_to_threshold(runs: list[dict]) -> dict[str, float | None]:
+    """Median seconds over the runs, one that did not get there counted as infinitely late (None)."""
+    medians = {}
+    for name in ("reached", "held", "iteration"):
+        points = [run.get("threshold", {}).get(name) for run in runs]
+        median = statistics.median(point["seconds"] if point else math.inf for point in points)
+        medians[name] = median if math.isfinite(median) else None
+    return medians
+
+
 def tell(run: dict) -> None:
     """A run's record as one line, without its long parts."""
     print({k: v for k, v in run.items() if k not in ("curve", "versions", "command", "changes")}, flush=True)
@@ -164,6 +181,7 @@ def main() -> None:
             "mean": statistics.mean(scores) if scores else None,
             "worst": min(scores, default=None),
             "median_command_seconds": statistics.median(times) if times else None,
+            "median_seconds_to_threshold": median_to_threshold(runs) if options.threshold is not None else None,
             "runs": runs,
         }
         path.write_text(json.dumps(record, indent=1) + "\n")

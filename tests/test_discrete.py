@@ -245,19 +245,19 @@ def iterate_without_statistics(script, state, args):
 
 
 def test_entropy_is_held_near_its_target(script):
-    """A fixed c2 lets the entropy fall far below 0.6 nats in 60 iterations; the adapted one brings it back."""
+    """Without a bonus the entropy falls far below 0.6 nats in 60 iterations; the adapted one brings it back."""
     ends = {}
     for target in (None, 0.6):
         args = tiny(script, num_envs=32, num_steps=32, target_entropy=target)
-        state, ent_coef, entropies = start(script, args), 0.01, []
+        state, ent_coef, entropies = start(script, args), 0.01 if target else 0.0, []
         for _ in range(60):
             metrics, ent_coef = iterate(script, state, ent_coef, args)
             entropies.append(metrics["entropy"])
             low, high = script.ENT_COEF_BOUNDS
-            assert low <= ent_coef <= high if target else ent_coef == 0.01
+            assert low <= ent_coef <= high if target else ent_coef == 0.0
         ends[target] = np.mean(entropies[-20:])
     assert abs(ends[0.6] - 0.6) < 0.06
-    assert abs(ends[None] - 0.6) > 0.2
+    assert ends[None] < 0.4, ends
 
 
 @pytest.mark.parametrize("where", ["advantages", "returns"])
@@ -319,7 +319,7 @@ def test_run_folder(script, tmp_path, monkeypatch, capsys):
     assert record["command"] == sys.argv and record["versions"]["torch"] == torch.__version__
     assert (run_dir / Path(script.__file__).name).read_bytes() == Path(script.__file__).read_bytes()
     state = checkpoint(run_dir)
-    assert state["iteration"] == 10 and state["global_step"] == 10240
+    assert state["iteration"] == 5 and state["global_step"] == 10240
     result = json.loads((run_dir / "result.json").read_text())
     keys = "eval_return_mean eval_return_std eval_episodes global_step wall_seconds sps seed env_id"
     assert set(result) == set(keys.split())
@@ -328,7 +328,7 @@ def test_run_folder(script, tmp_path, monkeypatch, capsys):
     tags = set(events.Tags()["scalars"])
     assert {"charts/episodic_return", "charts/episodic_length", "charts/SPS", "charts/learning_rate"} <= tags
     assert {"losses/approx_kl", "losses/policy_loss", "losses/value_loss", "losses/entropy", "losses/clipfrac"} <= tags
-    assert [e.step for e in events.Scalars("losses/approx_kl")] == [1024 * i for i in range(1, 11)]
+    assert [e.step for e in events.Scalars("losses/approx_kl")] == [2048 * i for i in range(1, 6)]
     assert not list(run_dir.glob("*.tmp"))
 
 
