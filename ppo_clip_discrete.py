@@ -196,6 +196,18 @@ def from_rank_0(function: Callable[[], Any]) -> Any:
     return gather(function() if ranks()[0] == 0 else None)[0]
 
 
+def leave_ranks() -> None:
+    """Ends the work of all ranks at once.
+
+    gloo's threads live on, and one that lets go of a Python tensor while Python ends aborts the process: until all meet
+    here, the last tensor is gone.
+    """
+    if dist.is_initialized():
+        with together():
+            dist.barrier()
+        dist.destroy_process_group()
+
+
 def moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
     mean = all_mean(rows.mean(0))
@@ -1153,13 +1165,13 @@ def train(args: Args) -> None:
                 }
                 save_checkpoint(run_dir, state)
         if stopping:
+            leave_ranks()
             if rank == 0:
                 report.close()
                 print(f"stopped at step {global_step}: go on with --resume {run_dir}")
             raise SystemExit(128 + (stop_signals[0] if stop_signals else signal.SIGTERM))
     episodes.close()
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()
     if rank == 0:
         report.close()
         finish(agent, args, run_dir, device, seconds + time.time() - started, report)

@@ -12,8 +12,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 TWINS = {
-    *("ranks", "start_ranks", "together", "all_mean", "gather", "from_rank_0", "moments", "digest"),
-    *("layer_init", "env_seeds", "act", "sample", "environments", "step", "compute_gae", "ppo_clip_loss"),
+    *("ranks", "start_ranks", "together", "all_mean", "gather", "from_rank_0", "leave_ranks"),
+    *(
+        "moments",
+        "digest",
+        "layer_init",
+        "env_seeds",
+        "act",
+        "sample",
+        "environments",
+        "step",
+        "compute_gae",
+        "ppo_clip_loss",
+    ),
     *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph", "fail", "write_file"),
     *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states", "open_run"),
     *("versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report", "finish"),
