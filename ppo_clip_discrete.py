@@ -655,7 +655,7 @@ def update(
     history = []
     trust_region = {}
     for _ in range(args.update_epochs):
-        before = optimizer.weights.clone()
+        before = optimizer.weights.clone() if args.target_kl is not None else None
         order = torch.randperm(len(advantages), device=advantages.device).view(minibatches)
         shuffled = normalise(advantages[order]) if args.norm_adv else advantages[order]
         for idx, minibatch_advantages in zip(order, shuffled):
