@@ -331,7 +331,7 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, pi
     result = json.loads(result_path.read_text()) if result_path.exists() else {}
     if pixels:
         preprocessing = {
-            "inside_the_graph": "scaling to [0, 1]",
+            "inside_the_graph": "scaling or running normalisation of each pixel",
             "before_the_graph": "84x84 grey frames, maximum of the last two of 4 skipped, 4 stacked, oldest first",
             "frame_skip": 4,
             "repeat_action_probability": run_args.stickiness,

@@ -179,22 +179,62 @@ def test_groups_play_what_one_group_plays(atari):
 
 
 @pytest.mark.parametrize("bf16", [False, True])
-def test_first_minibatch_ratio_is_one(atari, bf16):
-    args = tiny(atari)
-    envs = atari.make_envs(args, 2)
-    agent = atari.Agent(envs)
-    episodes, rollout = atari.Episodes([envs], atari.env_seeds(1, 0, 2)), atari.Rollout(args, envs, CPU)
-    agent.bf16, optimizer = bf16, atari.ClippedAdam(agent, args)
-    for _ in range(2):
-        atari.collect(agent, episodes, rollout, args)
-        idx = torch.randperm(args.batch_size)
+def test_first_minibatch_ratio_is_one(atari, tmp_path, monkeypatch, bf16):
+    """Over a whole run's iterations: whatever moves between collection and update, pixel statistics too, shows here."""
+    ratios, update = [], atari.update
+
+    def spy(agent, optimizer, rollout, advantages, *rest):
+        idx = torch.randperm(advantages.numel())
         with torch.no_grad():
             log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
-        ratio = (log_probs - rollout.log_probs.flatten(0, 1)[idx]).exp()
-        # bfloat16 keeps 8 bits: where a kernel adds in another order at another batch size, a feature moves by 2^-8
-        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=2e-2 if bf16 else 1e-4, rtol=0)
-        ones = torch.randn(args.num_steps, args.num_envs)
-        atari.update(agent, optimizer, rollout, ones, ones, 0.01, args)
+        ratios.append((log_probs - rollout.log_probs.flatten(0, 1)[idx]).exp())
+        return update(agent, optimizer, rollout, advantages, *rest)
+
+    monkeypatch.setattr(atari, "update", spy)
+    args = tiny(atari, total_timesteps=128, bf16=bf16, cuda=False, eval_episodes=0, run_dir=str(tmp_path / "run"))
+    atari.train(args)
+    # bfloat16 keeps 8 bits: where a kernel adds in another order at another batch size, a feature moves by 2^-8
+    ratio = torch.stack(ratios)
+    assert len(ratios) == 128 // args.batch_size > 2
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=2e-2 if bf16 else 1e-4, rtol=0)
+
+
+def test_pixels_are_normalised_by_what_the_run_saw(atari, tmp_path, monkeypatch):
+    """Mean and variance of every pixel over the frames of all iterations, against NumPy."""
+    seen, update = [], atari.update
+
+    def spy(agent, optimizer, rollout, *rest):
+        steps = range(0, rollout.rewards.shape[0], max(1, rollout.rewards.shape[0] // 8))
+        seen.extend(rollout.frames[3 + t].numpy().copy() for t in steps)
+        return update(agent, optimizer, rollout, *rest)
+
+    monkeypatch.setattr(atari, "update", spy)
+    args = tiny(atari, num_steps=32, total_timesteps=192, cuda=False, eval_episodes=0, run_dir=str(tmp_path / "run"))
+    atari.train(args)
+    frames = np.concatenate(seen).astype(np.float64)
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
+    mean, var = state["obs_stats.mean"].numpy(), state["obs_stats.var"].numpy()
+    np.testing.assert_allclose(mean, frames.mean(0), rtol=1e-4, atol=1e-3)
+    np.testing.assert_allclose(var, frames.var(0), rtol=1e-3, atol=1e-2)
+    assert frames.var(0).max() > 1
+
+    agent = atari.Agent(atari.make_envs(args, 1))
+    agent.load_state_dict(state)
+    obs = torch.from_numpy(np.stack([frames[:4], frames[-4:]]).astype(np.uint8))
+    pixels = np.clip((obs.numpy() - mean) / np.sqrt(np.maximum(var, 1)), -5, 5)
+    with torch.no_grad():
+        expected = agent.policy_head(agent.encoder(torch.from_numpy(pixels).float()))
+        torch.testing.assert_close(agent(obs)[0], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_without_norm_obs_pixels_are_divided_by_255(atari, tmp_path):
+    atari.train(tiny(atari, norm_obs=False, cuda=False, eval_episodes=0, run_dir=str(tmp_path / "run")))
+    agent = atari.Agent(atari.make_envs(tiny(atari), 1))
+    agent.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"])
+    obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    with torch.no_grad():
+        expected = agent.policy_head(agent.encoder(obs.float() / 255))
+        torch.testing.assert_close(agent(obs)[0], expected, rtol=1e-3, atol=1e-5)
 
 
 def test_ids_name_the_protocol(atari):

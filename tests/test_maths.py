@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 TWINS = {
     *("ranks", "start_ranks", "together", "all_mean", "gather", "from_rank_0", "leave_ranks"),
-    *("moments", "digest", "layer_init", "env_seeds", "act", "sample", "environments", "step"),
+    *("moments", "digest", "layer_init", "RunningStats", "env_seeds", "act", "sample", "environments", "step"),
     *("compute_gae", "ppo_clip_loss"),
     *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph", "fail", "write_file"),
     *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states", "open_run"),
