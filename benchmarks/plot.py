@@ -37,8 +37,6 @@ LEARNING = {
     "atari": [
         ("PongNoFrameskip-v4", "Pong, no sticky actions", 18),
         ("ALE/Pong-v5", "Pong, sticky actions 0.25", 18),
-        ("PongNoFrameskip-v4_bf16", "Pong, no sticky actions, --bf16", 18),
-        ("ALE/Pong-v5_bf16", "Pong, sticky actions 0.25, --bf16", 18),
     ],
 }
 
