@@ -95,7 +95,7 @@ class Args:
     """environment steps of the whole run, over all environments"""
 
     # Learning
-    learning_rate: float = 5e-3
+    learning_rate: float = 8e-3
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
@@ -105,7 +105,7 @@ class Args:
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
     """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
-    update_epochs: int = 10
+    update_epochs: int = 6
     """K, passes over the rollout an iteration"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
