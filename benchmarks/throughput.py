@@ -4,6 +4,7 @@
     python benchmarks/throughput.py atari --env-id ALE/Breakout-v5 --turns 5
     python benchmarks/throughput.py atari --tag canonical --peer sb3 cleanrl --cleanrl ../cleanrl \\
         --flags "--num-envs 8 --num-steps 128 --num-minibatches 4 --learning-rate 2.5e-4"
+    python benchmarks/throughput.py atari --versus=--no-bf16                  # the trainer with and without a flag
     python benchmarks/throughput.py atari --buffer 1000 100000 1000000        # only the memory; takes some time
 
 Each turn measures, in environment steps a second: (a) the environments alone with random actions, (b) the policy alone,
@@ -266,6 +267,9 @@ def measure_turn(parts: Parts, flags: list[str], options: argparse.Namespace) ->
     turn["trainer"], turn["trainer_peak_mib"] = run_trainer(trainer, args, flags)
     turn["trainer_to_serial_bound"] = turn["trainer"] / turn["serial_bound"]
     turn["trainer_to_overlapped_bound"] = turn["trainer"] / turn["overlapped_bound"]
+    if options.versus:
+        turn["versus"], turn["versus_peak_mib"] = run_trainer(trainer, args, [*flags, *shlex.split(options.versus)])
+        turn["trainer_to_versus"] = turn["trainer"] / turn["versus"]
     if "sb3" in options.peer:
         lines, peak = launch([sys.executable, __file__, *sys.argv[1:], "--child", "sb3"])
         turn["sb3"], turn["sb3_peak_mib"] = sps(lines, args), peak
@@ -311,6 +315,7 @@ def main() -> None:
     parser.add_argument("trainer", choices=["discrete", "atari"])
     parser.add_argument("--env-id", help="default: the trainer's")
     parser.add_argument("--flags", default="", help="further flags of the trainer, in one string")
+    parser.add_argument("--versus", default="", help="flags to add for a second run of the trainer in each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each of (a), (b) and (c) in a turn")
     parser.add_argument("--iterations", type=int, default=22, help="of (d) and the peers; the first two do not count")
@@ -371,7 +376,8 @@ def main() -> None:
         record["turns"] = []
         for _ in range(options.turns):
             record["turns"].append(measure_turn(parts, flags, options))
-            rates = ("environments", "policy", "update", "trainer", *options.peer)
+            others = [*(["versus"] if options.versus else []), *options.peer]
+            rates = ("environments", "policy", "update", "trainer", *others)
             print(", ".join(f"{name} {number(record['turns'][-1][name])}" for name in rates), flush=True)
         if parts.device.type == "cuda":
             record["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20  # of the parts in this process
