@@ -75,7 +75,7 @@ class Args:
     cuda: bool = True
     """train on the GPU when there is one"""
     bf16: bool = True
-    """encode in bfloat16 on a CPU that does so natively (AVX512-BF16): 1.4 times faster"""
+    """encode in bfloat16 on a CPU that does so natively (AVX512-BF16): 1.3 times faster"""
     track: bool = False
     """also log to Weights & Biases (needs `pip install wandb`)"""
     wandb_project_name: str = "ppo_clip"
