@@ -27,6 +27,7 @@ import dataclasses
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -36,6 +37,8 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before PyTorch: as the Atari trainer does, for its parts and peers
 
 import numpy as np
 import torch
