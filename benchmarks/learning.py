@@ -40,12 +40,13 @@ POINTS = 100  # of a curve, at most
 
 
 def hardware() -> str:
-    """CPU model and count, and the GPUs that PyTorch sees."""
+    """CPU count, model and instruction set, and the GPUs that PyTorch sees."""
     info = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
     model = models[0] if models else platform.processor() or platform.machine()
+    instructions = torch.backends.cpu.get_cpu_capability() + "-BF16" * torch.cpu._is_avx512_bf16_supported()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join([f"{os.cpu_count()} CPU cores ({model})", *gpus])
+    return ", ".join([f"{os.cpu_count()} CPU cores ({model}, {instructions})", *gpus])
 
 
 def sha256(path: Path) -> str:
