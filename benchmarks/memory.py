@@ -7,18 +7,17 @@ Writes benchmarks/results/memory.json.
 
 import importlib.metadata
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from learning import ROOT, hardware
+
 ITERATIONS = 200
 RUNS = {
-    "ppo_clip_discrete.py": ("CartPole-v1", 1024, ""),
+    "ppo_clip_discrete.py": ("CartPole-v1", 2048, ""),
     "ppo_clip_atari.py": ("ALE/Breakout-v5", 256, "--num-envs 8 --num-steps 32 --num-minibatches 2"),
 }
 # runs the script as `python script …` does, and prints the process's resident memory after each iteration
@@ -58,7 +57,7 @@ def main() -> None:
     packages = ("torch", "gymnasium", "ale-py", "numpy")
     record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     record["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
-    record["hardware"] = f"{os.cpu_count()} CPU cores, {platform.machine()}"
+    record["hardware"] = hardware()
     path = ROOT / "benchmarks" / "results" / "memory.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
 
