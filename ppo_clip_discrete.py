@@ -99,6 +99,8 @@ class Args:
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
+    final_temperature: float = 0.5
+    """temperature of the softmax policy at the run's end; 1 at its start, so it explores first, exploits last"""
     gamma: float = 0.995
     """discount factor"""
     gae_lambda: float = 0.95
@@ -260,6 +262,7 @@ class Agent(nn.Module):
         num_inputs = int(space.n) if self.one_hot else math.prod(space.shape)
         self.obs_stats = RunningStats((num_inputs,))
         self.return_stats = RunningStats()
+        self.register_buffer("temperature", torch.ones(()))  # of the policy; `train` lowers it
         self.encoder = nn.Sequential(
             layer_init(nn.Linear(num_inputs, hidden)), nn.Tanh(), layer_init(nn.Linear(hidden, hidden)), nn.Tanh()
         )
@@ -273,7 +276,7 @@ class Agent(nn.Module):
             x = (obs.flatten(1) - self.obs_stats.mean) * torch.rsqrt(self.obs_stats.var + 1e-8)
             x = x.clamp(-10.0, 10.0)
         features = self.encoder(x)
-        return self.policy_head(features), self.value_head(features).squeeze(-1)
+        return self.policy_head(features) / self.temperature, self.value_head(features).squeeze(-1)
 
 
 class Replayable(gym.Wrapper):
@@ -961,6 +964,7 @@ def check(args: Args) -> None:
         ),
         (args.update_epochs >= 1, "--update-epochs must be at least 1"),
         (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
+        (0 < args.final_temperature < inf, "--final-temperature must be above 0 and finite"),
         (0 < args.gamma <= 1, "--gamma must be above 0 and at most 1"),
         (0 <= args.gae_lambda <= 1, "--gae-lambda must be from 0 to 1"),
         (0 < args.clip_coef < 1, "--clip-coef must be above 0 and below 1"),
@@ -1116,7 +1120,10 @@ def train(args: Args) -> None:
     for iteration in range(done + 1, args.num_iterations + 1):
         lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1)
         optimizer.lr.fill_(lr)
-        charts = {"learning_rate": lr, "ent_coef": ent_coef}
+        # its inverse rises with the square of time (Sutton & Barto 2018, section 13.1, on annealing a softmax policy)
+        temperature = 1 / (1 + (1 / args.final_temperature - 1) * (iteration / args.num_iterations) ** 2)
+        agent.temperature.fill_(temperature)
+        charts = {"learning_rate": lr, "temperature": temperature, "ent_coef": ent_coef}
 
         collect(agent, episodes, rollout, args, play)
         ended = [episode for part in gather(episodes.take_ended()) for episode in part]

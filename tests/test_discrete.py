@@ -305,6 +305,21 @@ def test_zero_learning_rate_learns_nothing(script, tmp_path):
         assert torch.equal(parameter.detach(), trained[name]), name
 
 
+def test_temperature_of_the_policy(script, tmp_path):
+    args = tiny(script, run_dir=str(tmp_path / "run"), final_temperature=0.25, total_timesteps=512)  # 4 iterations
+    script.train(args)
+    charts = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("charts/temperature")
+    assert [e.value for e in charts] == pytest.approx([1 / (1 + 3 * k / 16) for k in (1, 4, 9, 16)])
+    agent = start(script, args)[0]
+    obs = torch.randn(5, 4)
+    logits, values = agent(obs)
+    assert agent.temperature == 1 and logits.std() > 0
+    agent.temperature.fill_(0.25)
+    torch.testing.assert_close(agent(obs), (4 * logits, values))
+    agent.load_state_dict(checkpoint(tmp_path / "run")["agent"])
+    assert agent.temperature == 0.25
+
+
 def test_run_folder(script, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", [script.__file__, "--run-dir", str(tmp_path / "a" / "run"), "--eval-episodes", "2"]
@@ -412,6 +427,7 @@ def test_damaged_checkpoints(script, tmp_path, monkeypatch, capsys):
         ("--gamma nan", "--gamma"),
         ("--gae-lambda -0.1", "--gae-lambda"),
         ("--learning-rate inf", "--learning-rate"),
+        ("--final-temperature 0", "--final-temperature"),
         ("--target-kl 0", "--target-kl"),
         ("--target-entropy nan", "--target-entropy"),
         ("--seed -1", "--seed"),
