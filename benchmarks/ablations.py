@@ -42,6 +42,7 @@ VARIANTS = {
     "clip-vloss": ("network and value loss", CONTROL, "--clip-vloss", []),
     "target-kl-0.02": ("trust region and entropy", CONTROL, "--target-kl 0.02", []),
     "target-kl-0.005": ("trust region and entropy", CONTROL, "--target-kl 0.005", []),
+    "final-temperature-1": ("trust region and entropy", CONTROL, "--final-temperature 1", []),
     "target-entropy-0.3": ("trust region and entropy", CONTROL, "--target-entropy 0.3", []),
     "no-bootstrap": ("bootstrap at a time limit", CORRIDOR, "", NO_BOOTSTRAP),
 }
