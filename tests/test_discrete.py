@@ -353,7 +353,10 @@ def test_default_flags_learn_cartpole(tmp_path):
     assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_return_mean"] >= 475
 
 
-@pytest.mark.parametrize("env_id", ["CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3"])
+SLOW = [pytest.param(env_id, marks=pytest.mark.slow) for env_id in ("Acrobot-v1", "MountainCar-v0")]
+
+
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "LunarLander-v3", *SLOW])
 def test_killed_run_resumes_bit_for_bit(script, tmp_path, monkeypatch, capsys, env_id):
     args = tiny(script, env_id=env_id, total_timesteps=128 * 60, checkpoint_interval=1)
     args = dataclasses.replace(args, target_entropy=0.5, update_epochs=2)
