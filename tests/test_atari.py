@@ -266,7 +266,7 @@ def test_the_vector_trainers_environment_is_refused(atari, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_trains_evaluates_films_and_resumes(atari, tmp_path):
+def test_trains_evaluates_and_films(atari, tmp_path):
     run_dir = tmp_path / "run"
     small = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--total-timesteps", "96"]
     command = [sys.executable, atari.__file__, "--env-id", "ALE/Pong-v5", "--run-dir", str(run_dir), *small]
@@ -275,9 +275,6 @@ def test_trains_evaluates_films_and_resumes(atari, tmp_path):
     assert -21 <= result["eval_return_mean"] <= 21 and result["global_step"] == 96
     assert (run_dir / "video.mp4").stat().st_size > 10_000
     assert (run_dir / Path(atari.__file__).name).read_bytes() == Path(atari.__file__).read_bytes()
-    more = [sys.executable, atari.__file__, "--resume", str(run_dir), "--total-timesteps", "128"]
-    subprocess.run(more, check=True, timeout=300)
-    assert json.loads((run_dir / "result.json").read_text())["global_step"] == 128
 
 
 def atari_ids():

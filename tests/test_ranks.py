@@ -116,7 +116,10 @@ def test_cartpole_is_learned_by_two_ranks(tmp_path):
     assert len(checkpoint(tmp_path / "run")["episodes"]) == 64
 
 
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, 2), (2, 4))]
+
+
+@pytest.mark.parametrize("before, after", [(2, 1), *SLOW])
 def test_a_run_goes_on_with_another_number_of_ranks(tmp_path, before, after):
     run_dir = tmp_path / "run"
     flags = f"{SMALL} --eval-episodes 0 --total-timesteps 512 --run-dir {run_dir}"

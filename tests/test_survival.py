@@ -275,9 +275,9 @@ def test_full_disk_while_a_checkpoint_is_written(discrete, finished, tmp_path, m
 
 
 def test_full_disk_while_tensorboard_writes(tmp_path):
-    """A file may grow to 400 kB here: the log is the first that meets the limit."""
+    """A file may grow to 200 kB here: the log is the first that meets the limit."""
     flags = f"{SMALL[DISCRETE]} --total-timesteps 100000000 --checkpoint-interval 20 --run-dir {tmp_path / 'run'}"
-    limit = (400_000, 400_000)
+    limit = (200_000, 200_000)
     process = start(DISCRETE, *flags.split(), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 1, err
