@@ -48,6 +48,7 @@ import tyro
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
 from torch.distributed.rendezvous import rendezvous
+from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -292,7 +293,6 @@ class Replayable(gym.Wrapper):
         return self.env.reset(options=options)
 
     def step(self, action):
-        action = int(action)  # a plain number passes an environment's checks sooner than NumPy's
         self.actions.append(action)
         return self.env.step(action)
 
@@ -563,44 +563,55 @@ def categorical_kl(old_log_probs: torch.Tensor, log_probs: torch.Tensor) -> torc
     return (old_log_probs.exp() * (old_log_probs - log_probs)).sum(-1)
 
 
-class ClippedAdam(torch.optim.Adam):
+class ClippedAdam(nn.Module):
     """Adam (Kingma & Ba 2015, arXiv:1412.6980) on all parameters as one flat tensor, whose gradient's norm is clipped.
 
-    Every parameter of `agent` becomes a view of `weights` (P,), its `.grad` one of `weights.grad`, which all ranks
+    Every parameter of `agent` becomes a view of `weights` (P,), its `.grad` one of `gradient` (P,), which all ranks
     average. From a gradient that is not finite on, parameters stay as they were: `found_inf` makes the fused Adam skip
-    its step, without a host sync.
+    its step, without a host sync. Calls the function behind `torch.optim.Adam`: that class imports PyTorch's compiler,
+    a second of every start.
     """
 
     def __init__(self, agent: nn.Module, args: Args):
+        super().__init__()
         params = list(agent.parameters())
         sizes = [p.numel() for p in params]
         self.weights = torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in params])  # as they lie in memory
-        self.weights.grad = torch.zeros_like(self.weights)
-        for p, weight, grad in zip(params, self.weights.split(sizes), self.weights.grad.split(sizes)):
+        self.gradient = torch.zeros_like(self.weights)
+        for p, weight, grad in zip(params, self.weights.split(sizes), self.gradient.split(sizes)):
             p.data, p.grad = (flat.as_strided(p.shape, p.stride()) for flat in (weight, grad))
         device = self.weights.device
-        lr = torch.tensor(args.learning_rate, device=device)  # a tensor, so that a captured step reads the current one
-        super().__init__([self.weights], lr, eps=1e-5, fused=True, capturable=device.type == "cuda")
+        self.register_buffer("exp_avg", torch.zeros_like(self.weights))
+        self.register_buffer("exp_avg_sq", torch.zeros_like(self.weights))
+        self.register_buffer("steps", torch.zeros((), device=device))
+        self.lr = torch.tensor(args.learning_rate, device=device)  # so that a captured step reads the current one
         self.max_grad_norm = args.max_grad_norm
-        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
-
-    @property
-    def lr(self) -> torch.Tensor:
-        return self.param_groups[0]["lr"]
-
-    def load_state_dict(self, state: dict) -> None:
-        lr = self.lr
-        super().load_state_dict(state)
-        self.param_groups[0]["lr"] = lr
+        self.found_inf = torch.zeros((), device=device)
 
     def descend(self, loss: torch.Tensor) -> torch.Tensor:
         """One step down the gradient of `loss`; returns the gradient's norm before clipping."""
-        gradient = self.weights.grad.zero_()
+        self.gradient.zero_()
         loss.backward()
-        norm = all_mean(gradient).norm()
-        gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+        norm = all_mean(self.gradient).norm()
+        self.gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.found_inf.copy_(torch.maximum(self.found_inf, (~norm.isfinite()).float()))
-        self.step()
+        adam(
+            [self.weights],
+            [self.gradient],
+            [self.exp_avg],
+            [self.exp_avg_sq],
+            [],
+            [self.steps],
+            fused=True,
+            found_inf=self.found_inf,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=self.lr,
+            weight_decay=0.0,
+            eps=1e-5,
+            maximize=False,
+        )
         return norm
 
 

@@ -58,7 +58,7 @@ def train(trainer: Path, flags: list[str], ranks: int) -> tuple[float, int]:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | threads)
         result = json.loads(Path(f"{folder}/run/result.json").read_text())
         optimizer = torch.load(f"{folder}/run/checkpoint.pt", weights_only=True, map_location="cpu")["optimizer"]
-    return result["sps"], sum(state["exp_avg"].numel() for state in optimizer["state"].values())
+    return result["sps"], optimizer["exp_avg"].numel()
 
 
 def main() -> None:

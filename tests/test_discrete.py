@@ -475,6 +475,14 @@ def test_error_of_the_whole_program_has_no_traceback(tmp_path):
     assert done.stderr.startswith("error: --gamma") and done.stderr.count("\n") == 1
 
 
+def test_training_does_not_wait_for_pytorchs_compiler(tmp_path):
+    """Its import takes a second, and PyTorch's optimizer classes import it."""
+    flags = ["--total-timesteps", "2048", "--eval-episodes", "1", "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-X", "importtime", str(SCRIPT), *flags]
+    imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    assert "torch.optim" in imported and "torch._dynamo" not in imported
+
+
 def test_copied_script_runs_alone(tmp_path):
     shutil.copy(SCRIPT, tmp_path / "mine.py")
     flags = "--env-id FrozenLake-v1 --total-timesteps 4096 --eval-episodes 1 --run-dir run"
