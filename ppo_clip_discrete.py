@@ -583,10 +583,10 @@ class ClippedAdam(nn.Module):
         device = self.weights.device
         self.register_buffer("exp_avg", torch.zeros_like(self.weights))
         self.register_buffer("exp_avg_sq", torch.zeros_like(self.weights))
-        self.register_buffer("steps", torch.zeros((), device=device))
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float32, device=device))  # whatever the weights are
         self.lr = torch.tensor(args.learning_rate, device=device)  # so that a captured step reads the current one
         self.max_grad_norm = args.max_grad_norm
-        self.found_inf = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
 
     def descend(self, loss: torch.Tensor) -> torch.Tensor:
         """One step down the gradient of `loss`; returns the gradient's norm before clipping."""
