@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -266,13 +267,17 @@ def test_the_vector_trainers_environment_is_refused(atari, tmp_path):
         assert not (tmp_path / "run").exists()
 
 
-def test_trains_evaluates_and_films(atari, tmp_path):
+def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
-    small = ["--num-envs", "2", "--num-steps", "16", "--num-minibatches", "2", "--total-timesteps", "96"]
-    command = [sys.executable, atari.__file__, "--env-id", "ALE/Pong-v5", "--run-dir", str(run_dir), *small]
-    subprocess.run([*command, "--eval-episodes", "1", "--capture-video"], check=True, timeout=300)
+    args = tiny(atari, env_id="ALE/Pong-v5", eval_episodes=1, capture_video=True, run_dir=str(run_dir))
+    monkeypatch.setattr(atari, "catch_signals", lambda: [signal.SIGTERM])  # after the first iteration
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        atari.train(args)
+    assert not (run_dir / "result.json").exists() and not (run_dir / "video.mp4").exists()
+
+    subprocess.run([sys.executable, atari.__file__, "--resume", str(run_dir)], check=True, timeout=300)
     result = json.loads((run_dir / "result.json").read_text())
-    assert -21 <= result["eval_return_mean"] <= 21 and result["global_step"] == 96
+    assert -21 <= result["eval_return_mean"] <= 21 and result["global_step"] == 64
     assert (run_dir / "video.mp4").stat().st_size > 10_000
     assert (run_dir / Path(atari.__file__).name).read_bytes() == Path(atari.__file__).read_bytes()
 
