@@ -42,18 +42,18 @@ def gradients(trainer, state: dict, lambdas: list[float], batches: int, num_step
     for batch in range(batches):
         trainer.collect(agent, episodes, rollout, args)
         played = [getattr(rollout, name) for name in GAE_INPUTS]
-        advantages = [trainer.compute_gae(*played, args.gamma, gae_lambda)[0].view(1, -1) for gae_lambda in lambdas]
-        advantages = torch.cat([trainer.normalise(a) for a in advantages])  # (lambdas, T N)
+        advantages = [trainer.compute_gae(*played, args.gamma, gae_lambda)[0].flatten() for gae_lambda in lambdas]
+        advantages = trainer.normalise(torch.stack(advantages))  # (lambdas, T N)
         row = [[torch.zeros_like(p) for p in policy] for _ in range(len(lambdas) + 1)]
         for idx in torch.arange(args.batch_size).split(512):
             log_probs = agent(rollout.observations(idx))[0].log_softmax(-1)
             entropy = -(log_probs.exp() * log_probs).sum()
             log_probs = log_probs.gather(-1, rollout.actions.view(-1)[idx, None]).squeeze(-1)
             objectives = [*(advantages[:, idx] * log_probs).sum(1), entropy]
-            for total, objective in zip(row, objectives):
-                for sum_, grad in zip(total, torch.autograd.grad(objective, policy, retain_graph=True)):
-                    sum_ += grad / args.batch_size
-        rows.append(torch.stack([torch.cat([x.flatten() for x in total]) for total in row]))
+            for mean, objective in zip(row, objectives):
+                for part, grad in zip(mean, torch.autograd.grad(objective, policy, retain_graph=True)):
+                    part += grad / args.batch_size
+        rows.append(torch.stack([torch.cat([part.flatten() for part in mean]) for mean in row]))
         print(f"batch {batch + 1}/{batches}", flush=True)
     envs.close()
     return torch.stack(rows)
