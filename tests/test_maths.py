@@ -2,6 +2,7 @@
 
 import ast
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -235,7 +236,32 @@ def test_sample_follows_the_policy(trainer):
     actions = trainer.sample(probs.log().expand(20_000, 3), generator)
     assert actions.shape == (20_000,)
     frequencies = actions.bincount(minlength=3) / 20_000
-    torch.testing.assert_close(frequencies, probs, atol=0.015, rtol=0)  # more than four standard deviations
+    torch.testing.assert_close(frequencies, probs, atol=0.015, rtol=0)  # CUDA graphs, as far as they show without a GPU
+
+
+def test_what_a_graph_captures_stays_on_its_device(trainer, monkeypatch):
+    """On a device without data a value that is read back is an error, and so is a tensor from elsewhere."""
+
+    def adam(*tensors, **options):
+        on = {x.device.type for group in tensors for x in group}
+        assert on | {options["lr"].device.type, options["found_inf"].device.type} == {"meta"}
+
+    monkeypatch.setattr(trainer, "adam", adam)  # the fused one knows no such device
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # nor does this, off on a GPU
+    args = trainer.Args(num_envs=4, num_steps=4)
+    envs = trainer.make_envs(args, args.num_envs)
+    agent = trainer.Agent(envs).to("meta")
+    rollout, optimizer = trainer.Rollout(args, envs, torch.device("meta")), trainer.ClippedAdam(agent, args)
+    envs.close()
+    trainer.act(agent, rollout, rollout.idx[0])
+    played = (getattr(rollout, name) for name in ["rewards", "values", "final_values", "terminated", "truncated"])
+    advantages, _ = trainer.compute_gae(*played, args.gamma, args.gae_lambda)
+    idx, c2 = torch.arange(8, device="meta"), torch.zeros((), device="meta")
+    metrics = trainer.learn(agent, optimizer, rollout, idx, advantages.flatten()[:8], c2, args)
+    assert {x.device.type for x in metrics.values()} == {"meta"}
+
+
+# more than four standard deviations
 
 
 # The twins
