@@ -898,9 +898,9 @@ def open_run(args: Args) -> Path:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a run's numbers depend on."""
-    packages = {p: importlib.metadata.version(p) for p in ("torch", "gymnasium", "ale-py", "numpy")}
-    return {"python": platform.python_version()} | packages
+    """Versions of what a run's numbers depend on; PyTorch's names the CUDA it was built for."""
+    packages = {p: importlib.metadata.version(p) for p in ("gymnasium", "ale-py", "numpy")}
+    return {"python": platform.python_version(), "torch": str(torch.__version__)} | packages
 
 
 def start_wandb(args: Args, run_dir: Path) -> None:

@@ -346,13 +346,14 @@ def main() -> None:
         print(json.dumps(train_buffer(trainer, args, options.buffer[0])))
         return
 
-    packages = ["torch", "gymnasium", "ale-py", "numpy", *(["stable-baselines3"] if "sb3" in options.peer else [])]
+    packages = ["gymnasium", "ale-py", "numpy", *(["stable-baselines3"] if "sb3" in options.peer else [])]
     record = {
         "command": "python benchmarks/throughput.py " + shlex.join(sys.argv[1:]),
         "env_id": args.env_id,
         "seed": args.seed,
         "commit": commit(ROOT),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
+        | {p: importlib.metadata.version(p) for p in packages},
         "hardware": hardware(),
         "threads": threads(trainer),
     }
