@@ -236,7 +236,10 @@ def test_sample_follows_the_policy(trainer):
     actions = trainer.sample(probs.log().expand(20_000, 3), generator)
     assert actions.shape == (20_000,)
     frequencies = actions.bincount(minlength=3) / 20_000
-    torch.testing.assert_close(frequencies, probs, atol=0.015, rtol=0)  # CUDA graphs, as far as they show without a GPU
+    torch.testing.assert_close(frequencies, probs, atol=0.015, rtol=0)  # more than four standard deviations
+
+
+# CUDA graphs, as far as they show without a GPU
 
 
 def test_what_a_graph_captures_stays_on_its_device(trainer, monkeypatch):
@@ -259,9 +262,6 @@ def test_what_a_graph_captures_stays_on_its_device(trainer, monkeypatch):
     idx, c2 = torch.arange(8, device="meta"), torch.zeros((), device="meta")
     metrics = trainer.learn(agent, optimizer, rollout, idx, advantages.flatten()[:8], c2, args)
     assert {x.device.type for x in metrics.values()} == {"meta"}
-
-
-# more than four standard deviations
 
 
 # The twins
