@@ -14,10 +14,8 @@ Writes benchmarks/results/noise_scale_<env>.json.
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import math
-import platform
 import subprocess
 from pathlib import Path
 
@@ -100,7 +98,6 @@ def main() -> None:
     errors = ((parts - parts.mean(0)).square().sum(0) * (n - 1) / n).sqrt()
 
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    packages = ("torch", "gymnasium", "ale-py", "numpy")
     record = {
         "run": {key: value for key, value in state["args"].items() if key not in ("run_dir", "resume")},
         "step": state["global_step"],
@@ -109,7 +106,7 @@ def main() -> None:
         "seed": options.seed,
         "lambdas": {},
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "versions": {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages},
+        "versions": trainer.versions(),
         "hardware": hardware(),
     }
     names = ("signal_to_noise", "cosine", "balancing_c2")

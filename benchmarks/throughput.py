@@ -28,7 +28,6 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -346,17 +345,17 @@ def main() -> None:
         print(json.dumps(train_buffer(trainer, args, options.buffer[0])))
         return
 
-    packages = ["gymnasium", "ale-py", "numpy", *(["stable-baselines3"] if "sb3" in options.peer else [])]
     record = {
         "command": "python benchmarks/throughput.py " + shlex.join(sys.argv[1:]),
         "env_id": args.env_id,
         "seed": args.seed,
         "commit": commit(ROOT),
-        "versions": {"python": platform.python_version(), "torch": str(torch.__version__)}
-        | {p: importlib.metadata.version(p) for p in packages},
+        "versions": trainer.versions(),
         "hardware": hardware(),
         "threads": threads(trainer),
     }
+    if "sb3" in options.peer:
+        record["versions"]["stable-baselines3"] = importlib.metadata.version("stable-baselines3")
     if "cleanrl" in options.peer:
         record["versions"]["cleanrl"] = commit(options.cleanrl)
     print(f"ppo_clip_{options.trainer}.py, {args.env_id}, {record['hardware']}", flush=True)

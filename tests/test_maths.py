@@ -243,7 +243,7 @@ def test_sample_follows_the_policy(trainer):
 
 
 def test_what_a_graph_captures_stays_on_its_device(trainer, monkeypatch):
-    """On a device without data a value that is read back is an error, and so is a tensor from elsewhere."""
+    """On a device without data a value that is read back is an error, and so is arithmetic with other devices."""
 
     def adam(*tensors, **options):
         on = {x.device.type for group in tensors for x in group}
