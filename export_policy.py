@@ -437,7 +437,7 @@ def export(args: Args) -> None:
             described = [{"name": "obs", "shape": ["batch", *obs.shape[1:]], "dtype": dtype}]
             if args.stochastic:
                 described.append({"name": "uniform", "shape": ["batch", num_actions], "dtype": "float32"})
-            packages = ("torch", "onnx", "onnxruntime", "numpy")
+            packages = {p: importlib.metadata.version(p) for p in ("onnx", "onnxruntime", "numpy")}
             about |= {
                 "inputs": described,
                 "outputs": [
@@ -451,8 +451,7 @@ def export(args: Args) -> None:
                     },
                 ],
                 "opset": OPSET,
-                "versions": {"python": platform.python_version()}
-                | {p: importlib.metadata.version(p) for p in packages},
+                "versions": {"python": platform.python_version(), "torch": str(torch.__version__)} | packages,
                 "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths.values()},
             }
             json_path = Path(folder) / "policy.json"

@@ -5,15 +5,14 @@
 Writes benchmarks/results/memory.json.
 """
 
-import importlib.metadata
 import json
-import platform
 import re
 import subprocess
 import sys
 import tempfile
 
 from learning import ROOT, hardware
+from throughput import load
 
 ITERATIONS = 200
 RUNS = {
@@ -54,9 +53,8 @@ def main() -> None:
         }
         print(script, record[script], flush=True)
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    packages = ("torch", "gymnasium", "ale-py", "numpy")
     record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    record["versions"] = {"python": platform.python_version()} | {p: importlib.metadata.version(p) for p in packages}
+    record["versions"] = load(ROOT / "ppo_clip_atari.py").versions()
     record["hardware"] = hardware()
     path = ROOT / "benchmarks" / "results" / "memory.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
