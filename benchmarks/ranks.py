@@ -49,12 +49,12 @@ def torchrun(ranks: int) -> list[str]:
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
 
 
-def train(trainer: Path, flags: list[str], ranks: int) -> tuple[float, int]:
+def train(script: Path, flags: list[str], ranks: int) -> tuple[float, int]:
     """Steps a second of the whole job, and the network's parameters."""
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // ranks))}
     with tempfile.TemporaryDirectory() as folder:
         command = torchrun(ranks) if ranks > 1 else [sys.executable]
-        command += [str(trainer), *flags, "--eval-episodes", "0", "--run-dir", f"{folder}/run"]
+        command += [str(script), *flags, "--eval-episodes", "0", "--run-dir", f"{folder}/run"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | threads)
         result = json.loads(Path(f"{folder}/run/result.json").read_text())
         optimizer = torch.load(f"{folder}/run/checkpoint.pt", weights_only=True, map_location="cpu")["optimizer"]
@@ -73,14 +73,15 @@ def main() -> None:
         all_reduce(options.all_reduce)
         return
     atari = options.env_id.startswith("ALE/") or "NoFrameskip" in options.env_id
-    trainer = ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
+    script = ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
     flags = ["--env-id", options.env_id, *shlex.split(options.flags)]
-    batch_size = tyro.cli(load(trainer).Args, args=flags).batch_size
+    trainer = load(script)
+    batch_size = tyro.cli(trainer.Args, args=flags).batch_size
     flags += ["--total-timesteps", str(ITERATIONS * batch_size)]
     turns = []
     for _ in range(options.turns):
-        one_process, parameters = train(trainer, flags, 1)
-        ranks, _ = train(trainer, flags, options.ranks)
+        one_process, parameters = train(script, flags, 1)
+        ranks, _ = train(script, flags, options.ranks)
         turns.append({"one_process": one_process, "ranks": ranks, "ratio": ranks / one_process})
         print({key: round(value, 2) for key, value in turns[-1].items()}, flush=True)
     child = [*torchrun(options.ranks), __file__, "--all-reduce", str(parameters)]
@@ -91,7 +92,7 @@ def main() -> None:
         "env_id": options.env_id,
         "seed": 1,
         "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
-        "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+        "versions": trainer.versions(),
         "hardware": hardware(),
         "ranks": options.ranks,
         "turns": turns,
