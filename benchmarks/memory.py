@@ -50,6 +50,7 @@ def main() -> None:
             "resident_mib_after_20": round(after_20, 1),
             "resident_mib_at_end": round(at_end, 1),
             "growth": round(at_end / after_20 - 1, 4),
+            "resident_mib_every_20": [round(mib, 1) for mib in resident[19::20]],
         }
         print(script, record[script], flush=True)
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
