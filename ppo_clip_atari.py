@@ -11,7 +11,7 @@ then climbs the clipped surrogate for K epochs of minibatches:
     python ppo_clip_atari.py --resume runs/<run>                  # goes on where a run stopped
     torchrun --standalone --nproc-per-node 8 ppo_clip_atari.py    # the same job on eight GPUs
 
-The settings of the paper and of CleanRL:
+The canonical settings, CleanRL's:
 
     python ppo_clip_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 \\
         --learning-rate 2.5e-4 --clip-vloss --vf-coef 0.5 --no-norm-obs
