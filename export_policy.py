@@ -109,8 +109,9 @@ def load_checkpoint(run_dir: Path) -> tuple[dict, str]:
     for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"):
         if not path.exists():
             continue
-        found, data = True, path.read_bytes()
+        found = True
         try:
+            data = path.read_bytes()
             if hashlib.sha256(data[:-32]).digest() != data[-32:]:
                 raise ValueError("its sha256 does not hold")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), hashlib.sha256(data).hexdigest()
@@ -125,7 +126,10 @@ def load_trainer(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location("run_source", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        fail(f"{path} does not run here: {type(error).__name__}: {error}")
     return module
 
 
@@ -317,18 +321,28 @@ def print_table(rows: list[dict]) -> None:
         print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
 
 
-def action_meanings(envs) -> list[str]:
-    """Names of the actions where the environment has them, else their numbers."""
+def describe_actions(envs) -> dict:
+    """The environment's own number of action 0, and the names of all actions where it has them, else its numbers."""
     if hasattr(envs, "ale"):
-        return [action.name for action in envs.ale.get_action_set()]
-    names = getattr(envs.envs[0].unwrapped, "get_action_meanings", None)
-    return list(names()) if names else [str(n) for n in range(int(envs.single_action_space.n))]
+        return {"first_action": 0, "action_meanings": [action.name for action in envs.ale.get_action_set()]}
+    env = envs.envs[0].unwrapped
+    first, names = int(env.action_space.start), getattr(env, "get_action_meanings", None)
+    numbers = [str(first + n) for n in range(int(envs.single_action_space.n))]
+    return {"first_action": first, "action_meanings": list(names()) if names else numbers}
 
 
-def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, pixels: bool, meanings: list) -> dict:
+def load_score(run_dir: Path, global_step: int) -> dict:
+    """The evaluation in the run's result.json, where it is of the policy after `global_step` steps."""
+    try:
+        result = json.loads((run_dir / "result.json").read_text())
+        fits = result["global_step"] == global_step
+    except (OSError, ValueError, LookupError, TypeError):
+        fits = False
+    return {k: result.get(k) if fits else None for k in ("eval_return_mean", "eval_return_std", "eval_episodes")}
+
+
+def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, pixels: bool, actions: dict) -> dict:
     """What a deployer must know of the policy: in policy.json and inside the ONNX files."""
-    result_path = run_dir / "result.json"
-    result = json.loads(result_path.read_text()) if result_path.exists() else {}
     if pixels:
         preprocessing = {
             "inside_the_graph": "scaling or running normalisation of each pixel",
@@ -339,17 +353,20 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, pi
         units = "discounted sum of rewards clipped to [-1, 1]"
     else:
         preprocessing = {"inside_the_graph": "running normalisation or one-hot encoding", "before_the_graph": "none"}
-        units = "discounted sum of rewards divided by the run's reward scale"
+        units = "discounted sum of rewards"
+        variance = state["agent"].get("return_stats.var") if getattr(run_args, "norm_reward", False) else None
+        if variance is not None:
+            units += f" divided by {float(variance) ** 0.5:.6g}, the run's reward scale"
     return {
         "env_id": run_args.env_id,
         "seed": run_args.seed,
         "global_step": state["global_step"],
-        "score": {k: result.get(k) for k in ("eval_return_mean", "eval_return_std", "eval_episodes")},
-        "action_meanings": meanings,
+        "score": load_score(run_dir, state["global_step"]),
+        **actions,
         "preprocessing": preprocessing,
         "value_units": units,
         "checkpoint_sha256": sha256,
-        "trained_with": record["versions"],
+        "trained_with": record.get("versions"),
     }
 
 
@@ -376,7 +393,7 @@ def export(args: Args) -> None:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         fail(f"the checkpoint in {run_dir} does not fit its source: {error}")
     policy = Policy(agent).eval()
-    num_actions, space, meanings = int(envs.single_action_space.n), envs.single_observation_space, action_meanings(envs)
+    num_actions, space, actions = int(envs.single_action_space.n), envs.single_observation_space, describe_actions(envs)
     envs.close()
     obs = rollout(trainer, agent, run_args, 10_000 if args.quantize else 512)
     uniform = torch.rand(len(obs), num_actions).clamp(1e-6, 1 - 1e-6) if args.stochastic else None
@@ -384,7 +401,7 @@ def export(args: Args) -> None:
     two_rows = tuple(x[:2].clone() for x in inputs)
     arrays = [x.numpy() for x in inputs]
     names = ["obs", "uniform"][: len(inputs)]
-    about = describe(run_dir, run_args, record, state, checkpoint_sha256, obs.dtype == torch.uint8, meanings)
+    about = describe(run_dir, run_args, record, state, checkpoint_sha256, obs.dtype == torch.uint8, actions)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     logging.getLogger("torch").setLevel(logging.ERROR)
     program = trace(policy, two_rows, source)
@@ -460,6 +477,9 @@ def export(args: Args) -> None:
                 os.replace(path, output_dir / path.name)
     except OSError as error:
         fail(f"--output-dir {output_dir} cannot be written: {error.strerror or error}")
+    for name in {*FILES.values(), INT8} - {path.name for path in paths.values()}:
+        if (output_dir / name).exists():
+            print(f"warning: {output_dir / name} is of an earlier export: policy.json is not about it", file=sys.stderr)
     exact = ", ".join(path.name for path in paths.values() if path.name != INT8)
     print(f"{output_dir}: {exact} equal PyTorch on batches {BATCHES}")
 

@@ -83,7 +83,7 @@ class Args:
     checkpoint_interval: int = 50
     """iterations between two checkpoints; there is always one at the end"""
     eval_episodes: int = 10
-    """whole games played after training, with sampled actions; 0 for none"""
+    """whole games played after training, with sampled actions; 0 for none, as for an environment that never ends"""
 
     # The environment
     env_id: str = "CartPole-v1"
@@ -151,14 +151,19 @@ class Args:
 
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of ranks that torchrun started: (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if not dist.is_torchelastic_launched():  # other launchers give the same names to what they start
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 def start_ranks(args: Args) -> torch.device:
     """This rank's device; joins the other ranks where torchrun started any (NCCL between GPUs, gloo between CPUs)."""
     on_gpu = args.cuda and torch.cuda.is_available()
     if on_gpu:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            fail(f"--nproc-per-node asks for more ranks than this machine's {gpus} GPUs: lower it or add --no-cuda")
+        torch.cuda.set_device(local_rank)
     if dist.is_torchelastic_launched():
         store, rank, world = next(rendezvous("env://"))
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # not a dead start's addresses
@@ -290,7 +295,7 @@ class Replayable(gym.Wrapper):
         if seed is not None:
             self.unwrapped.np_random, _ = seeding.np_random(seed)
         self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
-        return self.env.reset(options=options)
+        return self.env.reset(seed=seed, options=options)
 
     def step(self, action):
         self.actions.append(action)
@@ -299,13 +304,16 @@ class Replayable(gym.Wrapper):
     def state_dict(self) -> dict:
         return {"start": json.dumps(self.start), "actions": torch.tensor(self.actions, dtype=torch.int64)}
 
-    def load_state_dict(self, state: dict) -> np.ndarray:
-        """Returns the observation that the episode had reached."""
+    def load_state_dict(self, state: dict, obs: np.ndarray) -> bool:
+        """Plays the episode again; returns whether it came to `obs` (*shape) again."""
         self.unwrapped.np_random.bit_generator.state = json.loads(state["start"])
-        obs, _ = self.reset()
-        for action in state["actions"].numpy():
-            obs = self.step(action)[0]
-        return obs
+        try:
+            reached, _ = self.reset()
+            for action in state["actions"].numpy():
+                reached = self.step(action)[0]
+        except Exception:  # the episode took another course
+            return False
+        return np.array_equal(np.asarray(reached, obs.dtype), obs, equal_nan=obs.dtype.kind == "f")
 
 
 def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> VectorEnv:
@@ -316,17 +324,17 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> Vect
     def make_env() -> gym.Env:
         rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment knows the word
         env = gym.make(args.env_id, disable_env_checker=True, **rendering)
-        first_action = getattr(env.action_space, "start", 0)
-        if first_action != 0:  # the network counts actions from 0
-            actions = gym.spaces.Discrete(env.action_space.n)
-            env = gym.wrappers.TransformAction(env, lambda action: action + first_action, actions)
+        space = env.action_space
+        if isinstance(space, gym.spaces.Discrete) and space.start != 0:  # the network counts actions from 0
+            env = gym.wrappers.TransformAction(env, lambda a: a + space.start, gym.spaces.Discrete(space.n))
         return Replayable(env)
 
     try:
         env = make_env()
         env.close()
     except Exception as error:
-        fail(f"--env-id {args.env_id} cannot be made: {type(error).__name__}: {error}")
+        film = " for --capture-video" * (render_mode is not None)
+        fail(f"--env-id {args.env_id} cannot be made{film}: {type(error).__name__}: {error}")
     if not isinstance(env.action_space, gym.spaces.Discrete):
         fail(f"--env-id {args.env_id} has the action space {env.action_space}: PPO-Clip here needs a Discrete one")
     space = env.observation_space
@@ -378,7 +386,8 @@ class Episodes:
 
     def __init__(self, envs: SyncVectorEnv, seeds: np.ndarray):
         self.envs = envs
-        self.obs = envs.reset(seed=seeds.tolist())[0].copy()  # (N, *shape)
+        with environments():
+            self.obs = envs.reset(seed=seeds.tolist())[0].copy()  # (N, *shape)
         self.returns = np.zeros(envs.num_envs)  # score so far
         self.lengths = np.zeros(envs.num_envs, dtype=np.int64)  # steps so far
         self.discounted = np.zeros(envs.num_envs)  # discounted return so far, for the reward's scale
@@ -413,10 +422,12 @@ class Episodes:
 
     def load_state_dict(self, states: list[dict]) -> None:
         """Plays every environment to where it stood; where one does not get there again, all restart their episodes."""
-        obs = np.stack([e.load_state_dict(s["environment"]) for e, s in zip(self.envs.envs, states)])
-        if not np.array_equal(obs, torch.stack([s["obs"] for s in states]).numpy(), equal_nan=obs.dtype.kind == "f"):
+        obs = torch.stack([s["obs"] for s in states]).numpy()
+        played = [e.load_state_dict(s["environment"], o) for e, s, o in zip(self.envs.envs, states, obs)]
+        if not all(played):
             print("warning: the environments are not reproducible from np_random and actions: episodes restart")
-            self.obs = self.envs.reset()[0].copy()
+            with environments():
+                self.obs = self.envs.reset()[0].copy()
             return
         self.obs = obs
         self.returns, self.discounted = (np.array([s[k] for s in states]) for k in ("return", "discounted"))
@@ -748,7 +759,8 @@ class Graph:
 def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> list[float]:
     """Scores of `episodes` whole games in fresh environments, one each, with sampled actions."""
     envs = make_envs(args, episodes)
-    obs, _ = envs.reset(seed=env_seeds(args.seed, 1, episodes).tolist())
+    with environments():
+        obs, _ = envs.reset(seed=env_seeds(args.seed, 1, episodes).tolist())
     generator = torch.Generator(device).manual_seed(args.seed)
     returns, over = np.zeros(episodes), np.zeros(episodes, dtype=bool)
     while not over.all():
@@ -766,7 +778,8 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
     from moviepy import ImageSequenceClip  # slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
-    obs, _ = envs.reset(seed=env_seeds(args.seed, 2, 1).tolist())
+    with environments():
+        obs, _ = envs.reset(seed=env_seeds(args.seed, 2, 1).tolist())
     generator = torch.Generator(device).manual_seed(args.seed)
     frames, over = [], False
     while not over:
@@ -800,7 +813,7 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
         os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}; make room and --resume {path.parent}", code=1)
+        fail(f"cannot write {path}: {error.strerror}; mend that and --resume {path.parent}", code=1)
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
@@ -818,8 +831,8 @@ def load_checkpoint(run_dir: Path) -> dict | None:
     for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"):
         if not path.exists():
             continue
-        data = path.read_bytes()
         try:
+            data = path.read_bytes()
             if hashlib.sha256(data[:-32]).digest() != data[-32:]:
                 raise ValueError("its sha256 does not hold")
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -829,6 +842,8 @@ def load_checkpoint(run_dir: Path) -> dict | None:
             damaged.append(path.name)
             print(f"warning: {path} is damaged: {' '.join(str(error).split())[:80]}", file=sys.stderr)
             continue
+        for name in damaged:  # or the next checkpoint would keep it as the one before, in place of this good one
+            os.replace(run_dir / name, run_dir / f"{name}.damaged")
         return state
     if damaged:
         fail(f"{run_dir} has no good checkpoint: {' and '.join(damaged)} damaged; start a new run")
@@ -864,10 +879,10 @@ def set_random_states(state: dict) -> None:
 
 def open_run(args: Args) -> Path:
     """Creates the run folder with arguments, versions and this very source in it, or finds the one to resume."""
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}"
     run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
     source = Path(__file__).read_bytes()
-    snapshot = run_dir / Path(__file__).name
+    snapshot, record_path = run_dir / Path(__file__).name, run_dir / "args.json"
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     record = {
@@ -875,17 +890,27 @@ def open_run(args: Args) -> Path:
         "command": sys.argv,
         "commit": commit or None,
         "versions": versions(),
+        "job": os.environ.get("TORCHELASTIC_RUN_ID"),  # torchrun's
         "args": dataclasses.asdict(args),
+        "earlier_starts": [],
     }
-    if args.resume and (not snapshot.exists() or snapshot.read_bytes() != source):
-        print(f"warning: {Path(__file__).name} is not the source that began this run", file=sys.stderr)
-    if not args.resume and ((run_dir / "args.json").exists() or (run_dir / "checkpoint.pt").exists()):
-        fail(f"--run-dir {run_dir} already holds a run: go on with --resume {run_dir} or choose another folder")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
-            snapshot.write_bytes(source)
-        write_file(run_dir / "args.json", (json.dumps(record, indent=2) + "\n").encode())
+        if args.resume:
+            before = json.loads(record_path.read_text())
+            starts = record["earlier_starts"] = before.get("earlier_starts", [])
+            starts.append({key: before[key] for key in ("script", "command", "commit", "versions") if key in before})
+            if not snapshot.exists() or snapshot.read_bytes() != source:
+                print(f"warning: {snapshot.name} is not the source that began this run", file=sys.stderr)
+                write_file(snapshot, source, keep=snapshot.with_suffix(f".{len(starts)}.py"))
+        else:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if record_path.exists() or (run_dir / "checkpoint.pt").exists():
+                raise FileExistsError
+            with open(snapshot, "xb") as file:  # of two processes that want one folder, one gets it
+                file.write(source)
+        write_file(record_path, (json.dumps(record, indent=2) + "\n").encode())
+    except FileExistsError:
+        fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
     except OSError as error:
         fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
     return run_dir
@@ -893,7 +918,8 @@ def open_run(args: Args) -> Path:
 
 def versions() -> dict[str, str]:
     """Versions of what a run's numbers depend on; PyTorch's names the CUDA it was built for."""
-    packages = {p: importlib.metadata.version(p) for p in ("gymnasium", "ale-py", "numpy")}
+    modules = ("gymnasium", "ale_py", "numpy")
+    packages = {m.replace("_", "-"): importlib.metadata.version(m) for m in modules if importlib.util.find_spec(m)}
     return {"python": platform.python_version(), "torch": str(torch.__version__)} | packages
 
 
@@ -929,11 +955,15 @@ def parse_args() -> Args:
     """The command line, checked; beside --resume, the run's own arguments."""
     args = cli(Args())
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
-    if restarted and args.run_dir and (Path(args.run_dir) / "args.json").exists():
-        args = dataclasses.replace(args, resume=args.run_dir)
+    if restarted and args.run_dir:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no run, or what never was one
+            job = json.loads((Path(args.run_dir) / "args.json").read_text()).get("job")
+            if job == os.environ["TORCHELASTIC_RUN_ID"]:  # goes on with what it began, never with another job's run
+                args = dataclasses.replace(args, resume=args.run_dir)
     if args.resume:
         try:
             saved = Args(**json.loads((Path(args.resume) / "args.json").read_text())["args"])
+            check(saved)
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--resume {args.resume} holds no run of this script: {error}")
         saved = dataclasses.replace(saved, resume=args.resume, run_dir=args.run_dir if restarted else None)
@@ -995,9 +1025,10 @@ def check(args: Args) -> None:
 
 
 def catch_signals() -> list[int]:
-    """A list that SIGTERM and SIGINT enter; a later one does not wait for the iteration's end.
+    """A list that SIGTERM, SIGINT and SIGHUP enter; a later one does not wait for the iteration's end.
 
-    One that follows within half a second is torchrun passing on what the terminal sent to all processes.
+    What the run was started to ignore, as nohup has it ignore SIGHUP, it ignores. One that follows within half a second
+    is torchrun passing on what the terminal sent to all processes.
     """
     caught: list[int] = []
     first = [0.0]
@@ -1008,8 +1039,9 @@ def catch_signals() -> list[int]:
         first[0] = first[0] if caught else time.time()
         caught.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, catch)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, catch)
     return caught
 
 
@@ -1049,13 +1081,19 @@ class Report:
         except OSError as error:
             fail(f"cannot write the TensorBoard log in {self.writer.log_dir}: {error.strerror}", code=1)
 
-        score = f"{charts.get('episodic_return_100', math.nan):.1f}"
-        self.bar.set_postfix({"return": score}, refresh=False)
-        self.bar.update(global_step - self.bar.n)
-        if not self.terminal and (now - self.last_line > 10 or global_step == self.total):
-            self.last_line, sps = now, charts.get("SPS", math.nan)
-            eta = (self.total - global_step) / sps
-            print(f"step {global_step}/{self.total}  {sps:.0f} steps/s  return {score}  ETA {eta:.0f} s", flush=True)
+        line = f"step {global_step}/{self.total}"
+        if "SPS" in charts:
+            line += f"  {charts['SPS']:.0f} steps/s  ETA {(self.total - global_step) / charts['SPS']:.0f} s"
+        if self.recent:
+            line += f"  return {charts['episodic_return_100']:.1f}"
+            self.bar.set_postfix({"return": f"{charts['episodic_return_100']:.1f}"}, refresh=False)
+        try:
+            self.bar.update(global_step - self.bar.n)
+            if not self.terminal and (now - self.last_line > 10 or global_step == self.total):
+                self.last_line = now
+                print(line, flush=True)
+        except OSError:  # the terminal or the pipe is gone: the run goes on without
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
     def close(self) -> None:
         self.bar.close()
@@ -1095,6 +1133,8 @@ def train(args: Args) -> None:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(1)  # the network is too small to share between cores
 
+    if args.capture_video:
+        make_envs(args, 1, render_mode="rgb_array").close()  # says before the training what would end the film
     envs = make_envs(args, args.local_envs)
     agent = Agent(envs).to(device)
     rollout = Rollout(args, envs, device)
@@ -1104,8 +1144,7 @@ def train(args: Args) -> None:
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
     done, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # of earlier starts: iterations, wall time, see Report
 
-    run_dir = from_rank_0(lambda: open_run(args))
-    state = from_rank_0(lambda: load_checkpoint(run_dir)) if args.resume else None
+    state = from_rank_0(lambda: load_checkpoint(Path(args.resume))) if args.resume else None
     if state is not None:
         try:
             agent.load_state_dict(state["agent"])
@@ -1115,7 +1154,8 @@ def train(args: Args) -> None:
                 state[k] for k in ("iteration", "seconds", "timed", "recent", "ent_coef")
             )
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            fail(f"the checkpoint in {run_dir} is not of this script and environment: {error}")
+            fail(f"the checkpoint in {args.resume} is not of this script and environment: {error}")
+    run_dir = from_rank_0(lambda: open_run(args))
     agent.load_state_dict(from_rank_0(lambda: {name: x.cpu() for name, x in agent.state_dict().items()}))
     seed_all(int(env_seeds(args.seed, 3 + done, world)[rank]))  # from here on every rank draws its own numbers
     if state is not None and len(state["random"]) == world:

@@ -238,6 +238,32 @@ def test_without_norm_obs_pixels_are_divided_by_255(atari, tmp_path):
         torch.testing.assert_close(agent(obs)[0], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_evaluation_counts_whole_games_unclipped(atari, monkeypatch):
+    step, life, over = (1, False, False, False), (0, True, False, False), (7, True, False, True)
+    asked = []
+
+    def scripted(args, num_envs):
+        envs = ScriptedGame([step, life, step, over, step, over], num_envs)
+        begin, played = envs.reset, envs.recv
+        envs.reset = lambda seed: asked.extend(seed) or begin()
+        envs.step = lambda actions: envs.send(actions) or played()
+        envs.close = lambda: None
+        return envs
+
+    agent = atari.Agent(ScriptedGame([]))
+    monkeypatch.setattr(atari, "make_envs", scripted)
+    assert atari.evaluate(agent, tiny(atari), 2, CPU) == [9.0, 9.0]  # over the lost life, to the end, with the 7
+    assert not set(asked) & set(atari.env_seeds(1, 0, 64))
+
+
+def test_learning_rate_falls_to_zero(atari, tmp_path, monkeypatch):
+    rates, descend = [], atari.ClippedAdam.descend
+    monkeypatch.setattr(atari.ClippedAdam, "descend", lambda o, loss: rates.append(float(o.lr)) or descend(o, loss))
+    args = tiny(atari, total_timesteps=96, update_epochs=1, eval_episodes=0, cuda=False, run_dir=str(tmp_path / "run"))
+    atari.train(args)
+    assert rates == pytest.approx([args.learning_rate * share for share in (1, 1, 2 / 3, 2 / 3, 1 / 3, 1 / 3)])
+
+
 def test_ids_name_the_protocol(atari):
     assert tiny(atari).stickiness == 0.25
     assert tiny(atari, env_id="PongNoFrameskip-v4").stickiness == 0.0
@@ -259,7 +285,7 @@ def test_same_seed_same_parameters(atari, tmp_path):
 
 
 def test_the_vector_trainers_environment_is_refused(atari, tmp_path):
-    for env_id in ("CartPole-v1", "ALE/Brekout-v5", "BrekoutNoFrameskip-v4"):
+    for env_id in ("CartPole-v1", "ALE/Brekout-v5", "BrekoutNoFrameskip-v4", "PongNoFrameskip-v0"):
         command = [sys.executable, atari.__file__, "--env-id", env_id, "--run-dir", str(tmp_path / "run")]
         run = subprocess.run(command, capture_output=True, text=True)
         assert run.returncode == 2

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -111,6 +113,37 @@ def assert_equal(one, other):
 def run(*arguments, **options):
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+
+
+class Drifting(gym.Env):
+    """A random walk of random length, seen as float64 where its space says float32; the actions are 1 and 2."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2, start=1)
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, luck="np_random", render_mode=None):
+        self.luck, self.render_mode = luck, render_mode
+
+    def reset(self, *, seed=None, options=None):
+        if self.luck == "its own" and seed is not None:
+            self.own = np.random.default_rng(seed)
+        self.random = self.own if self.luck == "its own" else self.np_random
+        self.x, self.left = self.random.normal(size=2), int(self.random.integers(3, 30))
+        return self.x, {}
+
+    def step(self, action):
+        assert action in (1, 2) and self.left > 0
+        self.x = self.x + action + self.random.normal(size=2)
+        self.left -= 1
+        return self.x, 1.0, self.left == 0, False, {}
+
+    def render(self):
+        return np.full((16, 16, 3), 100, np.uint8)
+
+
+gym.register("Drifting-v0", Drifting)
+gym.register("DriftingAlone-v0", Drifting, kwargs={"luck": "its own"})
 
 
 # What a rollout holds
@@ -305,6 +338,33 @@ def test_zero_learning_rate_learns_nothing(script, tmp_path):
         assert torch.equal(parameter.detach(), trained[name]), name
 
 
+def test_learning_rate_falls_to_zero(script, tmp_path, monkeypatch):
+    rates, descend = [], script.ClippedAdam.descend
+    monkeypatch.setattr(script.ClippedAdam, "descend", lambda o, loss: rates.append(float(o.lr)) or descend(o, loss))
+    for name, anneal_lr, shares in (("falls", True, (1, 0.75, 0.5, 0.25)), ("stays", False, (1, 1, 1, 1))):
+        args = tiny(script, run_dir=str(tmp_path / name), total_timesteps=512, update_epochs=1, anneal_lr=anneal_lr)
+        rates.clear()
+        script.train(args)
+        assert rates[:: args.num_minibatches] == pytest.approx([share * args.learning_rate for share in shares])
+        charts = EventAccumulator(str(tmp_path / name)).Reload().Scalars("charts/learning_rate")
+        assert [e.value for e in charts] == pytest.approx(rates[:: args.num_minibatches])
+
+
+def test_evaluation_counts_one_whole_game_each_on_seeds_of_its_own(script, monkeypatch):
+    args = tiny(script, env_id="Drifting-v0")
+    agent = start(script, args)[0]
+    seeds = script.env_seeds(args.seed, 1, 4)
+    assert not set(seeds) & set(script.env_seeds(args.seed, 0, 64))
+    lengths = []
+    for seed in seeds:
+        env = gym.make("Drifting-v0").unwrapped
+        env.np_random, _ = gym.utils.seeding.np_random(int(seed))
+        env.reset()
+        lengths.append(env.left)
+    assert len(set(lengths)) > 1
+    assert script.evaluate(agent, args, 4, CPU) == lengths  # a reward of 1 a step, none after the game's end
+
+
 def test_temperature_of_the_policy(script, tmp_path):
     args = tiny(script, run_dir=str(tmp_path / "run"), final_temperature=0.25, total_timesteps=512)  # 4 iterations
     script.train(args)
@@ -318,6 +378,51 @@ def test_temperature_of_the_policy(script, tmp_path):
     torch.testing.assert_close(agent(obs), (4 * logits, values))
     agent.load_state_dict(checkpoint(tmp_path / "run")["agent"])
     assert agent.temperature == 0.25
+
+
+def test_reward_is_scaled_by_the_deviation_of_the_discounted_return(script):
+    args = tiny(script, env_id="Scripted-terminated-v0", num_envs=2, num_steps=9, gamma=0.5)
+    agent, _, episodes, rollout = start(script, args)
+    script.collect(agent, episodes, rollout, args)
+    returns = np.array([1, 1.5, 1.75])  # of each step of an episode: nothing of the one before
+    np.testing.assert_allclose(rollout.rewards.numpy(), 1 / returns.std(), rtol=1e-5)
+
+
+def test_a_film_of_actions_that_begin_at_one(script, tmp_path):
+    args = tiny(script, env_id="Drifting-v0", total_timesteps=256, eval_episodes=2, capture_video=True)
+    script.train(dataclasses.replace(args, run_dir=str(tmp_path / "run")))
+    assert (tmp_path / "run" / "video.mp4").stat().st_size > 500
+
+
+def test_observations_of_a_discrete_space_count_from_its_start(script):
+    envs = SimpleNamespace(
+        single_observation_space=gym.spaces.Discrete(3, start=5), single_action_space=gym.spaces.Discrete(2)
+    )
+    agent, inputs = script.Agent(envs), []
+    agent.encoder.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    agent(torch.tensor([5, 7]))
+    assert inputs[0].tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+def test_a_run_folder_is_taken_once(script, tmp_path, capsys):
+    (tmp_path / "own").mkdir()
+    mine = tmp_path / "own" / Path(script.__file__).name
+    mine.write_text("# not the trainer\n")
+    script.open_run(tiny(script, run_dir=str(tmp_path / "run")))
+    for taken in ("run", "own"):
+        with pytest.raises(SystemExit, match="2"):
+            script.open_run(tiny(script, run_dir=str(tmp_path / taken)))
+        assert "is taken" in capsys.readouterr().err
+    assert mine.read_text() == "# not the trainer\n"
+    with pytest.raises(SystemExit, match="2"):
+        script.open_run(tiny(script, run_dir=str(tmp_path / ("x" * 300))))
+    assert "File name too long" in capsys.readouterr().err
+
+
+def test_runs_that_start_together_get_folders_of_their_own(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = {script.open_run(tiny(script)) for _ in range(20)}
+    assert len(folders) == 20
 
 
 def test_run_folder(script, tmp_path, monkeypatch, capsys):
@@ -381,6 +486,28 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path, monkeypatch, capsys, e
     straight, resumed = checkpoint(tmp_path / "straight"), checkpoint(killed)
     for name in ("agent", "optimizer", "random", "episodes", "iteration", "global_step", "ent_coef", "recent"):
         assert_equal(straight[name], resumed[name])
+
+
+@pytest.mark.parametrize("env_id, exact", [("Drifting-v0", True), ("DriftingAlone-v0", False)])
+def test_environments_of_ones_own(script, tmp_path, monkeypatch, capsys, env_id, exact):
+    """The seed reaches them all. A resumed run plays on what only `np_random` moves, and restarts the others."""
+    args = tiny(script, env_id=env_id, total_timesteps=512)
+    states = []
+    for name in ("one", "again"):
+        script.train(dataclasses.replace(args, run_dir=str(tmp_path / name)))
+        states.append(checkpoint(tmp_path / name))
+    assert_equal(states[0]["agent"], states[1]["agent"])
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "catch_signals", lambda: [signal.SIGTERM])  # after the first iteration
+        with pytest.raises(SystemExit):
+            script.train(dataclasses.replace(args, run_dir=str(tmp_path / "stopped")))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(tmp_path / "stopped")])
+    script.train(script.parse_args())
+    out = capsys.readouterr().out
+    assert ("episodes restart" in out) != exact
+    if exact:
+        assert_equal(checkpoint(tmp_path / "stopped")["agent"], states[0]["agent"])
 
 
 def test_damaged_checkpoints(script, tmp_path, monkeypatch, capsys):

@@ -3,11 +3,14 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import onnx
 import onnxruntime
@@ -40,10 +43,15 @@ def exported(run_dir, tmp_path_factory):
     return folder
 
 
-def test_files_agree_and_are_described(exported):
+def test_files_agree_and_are_described(run_dir, exported):
     assert sorted(p.name for p in exported.iterdir()) == sorted(FILES)
     about = json.loads((exported / "policy.json").read_text())
     assert about["env_id"] == "CartPole-v1" and about["global_step"] == 4096 and about["action_meanings"] == ["0", "1"]
+    assert about["first_action"] == 0 and about["score"]["eval_episodes"] == 1
+    scale = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]["return_stats.var"].sqrt()
+    assert float(re.search(r"divided by ([\d.]+), the run's reward scale", about["value_units"])[1]) == pytest.approx(
+        float(scale), rel=1e-5
+    )
     assert about["inputs"] == [{"name": "obs", "shape": ["batch", 4], "dtype": "float32"}]
     for name, digest in about["sha256"].items():
         assert hashlib.sha256((exported / name).read_bytes()).hexdigest() == digest
@@ -194,6 +202,42 @@ def test_the_checkpoint_before_serves_for_a_damaged_one(run_dir, tmp_path):
     done = export(folder)
     assert done.returncode == 0 and "warning" in done.stderr
     assert all((folder / name).exists() for name in FILES)
+
+
+def test_the_score_is_the_exported_policys(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    result = tmp_path / "run" / "result.json"
+    for text in (json.dumps(json.loads(result.read_text()) | {"global_step": 2048}), "{", "[]"):
+        result.write_text(text)
+        assert export(tmp_path / "run", "--formats", "torch-export").returncode == 0
+        about = json.loads((tmp_path / "run" / "policy.json").read_text())
+        assert about["score"]["eval_return_mean"] is None and about["global_step"] == 4096
+
+
+def test_files_of_an_earlier_export_are_named(run_dir, tmp_path):
+    assert export(run_dir, "--output-dir", tmp_path).stderr == ""
+    done = export(run_dir, "--output-dir", tmp_path, "--formats", "torch-export")
+    assert done.returncode == 0 and (tmp_path / "policy.onnx").exists()
+    assert [line.split(": ")[0] for line in done.stderr.splitlines()] == ["warning", "warning"]
+    assert all(str(tmp_path / name) in done.stderr for name in ("policy.onnx", "policy.torchscript.pt"))
+
+
+def test_a_source_that_does_not_run_says_so(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    with open(tmp_path / "run" / "ppo_clip_discrete.py", "a") as source:
+        source.write("def broken(:\n")
+    done = export(tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and "SyntaxError" in done.stderr
+
+
+def test_actions_count_from_the_environments_first():
+    exporter = load(ROOT / "export_policy.py")
+    space = gym.spaces.Discrete(2, start=1)
+    envs = SimpleNamespace(
+        single_action_space=gym.spaces.Discrete(2),
+        envs=[SimpleNamespace(unwrapped=SimpleNamespace(action_space=space))],
+    )
+    assert exporter.describe_actions(envs) == {"first_action": 1, "action_meanings": ["1", "2"]}
 
 
 IMPALA = """

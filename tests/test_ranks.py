@@ -182,6 +182,25 @@ def test_a_killed_rank_restarts_the_job_from_its_checkpoint(tmp_path, victim):
     assert [step for step, _ in logged(tmp_path / "run", "losses/kl")] == [128 * i for i in range(1, 201)]
 
 
+def test_a_restart_never_goes_on_with_another_jobs_run(tmp_path):
+    flags = f"{SMALL} --total-timesteps 256 --run-dir {tmp_path / 'run'}"
+    subprocess.run([sys.executable, DISCRETE, *flags.split()], check=True, timeout=60)
+    files = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    flags = f"{SMALL} --total-timesteps 512 --run-dir {tmp_path / 'run'}"
+    done = torchrun(2, "--max-restarts", 1, DISCRETE, *flags.split())
+    assert done.returncode != 0 and "is taken" in done.stdout + done.stderr
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
+
+
+def test_another_launchers_variables_make_no_ranks(tmp_path):
+    flags = f"{SMALL} --total-timesteps 256 --run-dir {tmp_path / 'run'}"
+    environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}
+    command = [sys.executable, DISCRETE, *flags.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "CartPole-v1 on cpu" in done.stdout
+    assert len(checkpoint(tmp_path / "run")["random"]) == 1
+
+
 def test_a_rank_that_hangs_ends_the_job_in_a_line(tmp_path):
     source = DISCRETE.read_text()
     assert "RANK_TIMEOUT = timedelta(minutes=10)" in source

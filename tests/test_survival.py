@@ -242,6 +242,8 @@ def test_a_whole_checkpoint_of_something_else(finished, tmp_path, state):
     process = start(DISCRETE, "--resume", tmp_path)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2 and err.count("\n") == 1 and "is not of this script and environment" in err
+    for name in ("args.json", DISCRETE.name):
+        assert (tmp_path / name).read_bytes() == (finished / name).read_bytes()
 
 
 def test_another_source_gets_a_warning_and_goes_on_without_a_gap(finished, tmp_path):
@@ -254,6 +256,68 @@ def test_another_source_gets_a_warning_and_goes_on_without_a_gap(finished, tmp_p
     assert process.returncode == 0
     assert err == f"warning: {DISCRETE.name} is not the source that began this run\n"
     assert logged_steps(tmp_path) == [128, 256, 384, 512, 640, 768]
+    assert (tmp_path / DISCRETE.name).read_bytes() == DISCRETE.read_bytes()  # export builds the network from it
+    assert (tmp_path / f"{DISCRETE.stem}.1.py").read_text().endswith("# changed\n")
+    first, now = (json.loads((folder / "args.json").read_text()) for folder in (finished, tmp_path))
+    (start_before,) = now["earlier_starts"]
+    assert start_before == {key: first[key] for key in ("script", "command", "commit", "versions")}
+    assert "--resume" in now["command"]
+
+
+def test_a_damaged_checkpoint_never_replaces_the_good_one(finished, tmp_path):
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    process = start(DISCRETE, "--resume", tmp_path, "--total-timesteps", 512)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and len(lines(err, "warning: ")) == 1
+    assert (tmp_path / "checkpoint.pt.damaged").read_bytes() == b"damaged"
+    assert checkpoint(tmp_path)["iteration"] == 4
+    assert checkpoint(tmp_path, "checkpoint.prev.pt")["iteration"] == 3
+
+
+def test_arguments_of_a_wrong_type_in_the_run_folder(finished, tmp_path):
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    record = json.loads((tmp_path / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(record | {"args": record["args"] | {"gamma": "x"}}))
+    process = start(DISCRETE, "--resume", tmp_path)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2 and err.count("\n") == 1 and "holds no run of this script" in err
+
+
+# Terminals that go away
+
+
+def test_a_closed_pipe_ends_nothing(tmp_path):
+    flags = f"{SMALL[DISCRETE]} --eval-episodes 0 --total-timesteps 2048 --run-dir {tmp_path / 'run'}"
+    process = start(DISCRETE, *flags.split())
+    assert process.stdout.readline().startswith("CartPole-v1 on cpu")
+    process.stdout.close()
+    assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
+    assert checkpoint(tmp_path / "run")["iteration"] == 16
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["alone", "under nohup"])
+def test_a_terminal_that_hangs_up(tmp_path, ignored):
+    total = 20_480 if ignored else 100_000_000
+    flags = f"{SMALL[DISCRETE]} --eval-episodes 0 --checkpoint-interval 1000000 --run-dir {tmp_path / 'run'}"
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+    process = start(
+        DISCRETE,
+        *flags.split(),
+        "--total-timesteps",
+        total,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, handler),
+    )
+    while not list((tmp_path / "run").glob("events*")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=60) == (0 if ignored else 128 + signal.SIGHUP)
+    step = checkpoint(tmp_path / "run")["global_step"]
+    assert step == logged_steps(tmp_path / "run")[-1] and (step == total) == ignored
 
 
 # Full disks
