@@ -14,7 +14,7 @@ then climbs the clipped surrogate for K epochs of minibatches:
 The canonical settings, CleanRL's:
 
     python ppo_clip_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 \\
-        --learning-rate 2.5e-4 --clip-vloss --vf-coef 0.5 --no-norm-obs
+        --learning-rate 2.5e-4 --clip-vloss --vf-coef 0.5 --no-norm-obs --noise-persistence 0
 
 With the defaults PongNoFrameskip-v4 came to 18 within half a million steps, and to 20.7 (one seed).
 """
@@ -121,6 +121,9 @@ class Args:
     """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
     update_epochs: int = 4
     """K, passes over the rollout an iteration"""
+    noise_persistence: float = 0.7
+    """chance that a game draws its action with the random numbers of the step before: it explores in strokes, not by
+    jitter; 0 for fresh ones at every step, as PPO has it"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
     norm_obs: bool = True
@@ -364,6 +367,8 @@ class Rollout:
         pinned = device.type == "cuda"  # so that the two below cross the bus while the host goes on
         self.newest = torch.zeros((N, *picture), dtype=torch.uint8, pin_memory=pinned)  # frames, on the host
         self.host_history = torch.zeros((T + 1, N), dtype=torch.int64, pin_memory=pinned)
+        self.clocks = torch.zeros((N, A), device=device).exponential_()  # (N, A) that the last actions were drawn with
+        self.noise_persistence = args.noise_persistence
         self.actions = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # (T+1, N)
         self.log_probs = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) of pi_old, all actions
         self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old
@@ -435,9 +440,18 @@ class Episodes:
 
 @torch.no_grad()
 def act(agent: Agent, rollout: Rollout, idx: torch.Tensor) -> torch.Tensor:
-    """pi_old's actions (n,) in the states `idx` (n,) of the rollout, kept there with log-probabilities and values."""
+    """pi_old's actions (n,) in the states `idx` (n,) of the rollout, kept there with log-probabilities and values.
+
+    A game keeps its clocks (see `sample`) from step to step with probability `noise_persistence`, so that successive
+    actions deviate from the likeliest one alike (after Hollenstein et al. 2024, arXiv:2312.11091, who do so with
+    Gaussian policies).
+    """
     logits, values = agent(rollout.observations(idx))
-    actions = sample(logits)
+    game = idx % len(rollout.clocks)
+    keep = torch.rand_like(values) < rollout.noise_persistence
+    clocks = torch.where(keep.unsqueeze(1), rollout.clocks[game], torch.empty_like(logits).exponential_())
+    rollout.clocks[game] = clocks
+    actions = (logits.softmax(-1) / clocks).argmax(-1)
     rollout.actions.view(-1)[idx] = actions
     rollout.log_probs.flatten(0, 1)[idx] = logits.log_softmax(-1)
     rollout.values.view(-1)[idx] = values
@@ -1008,6 +1022,7 @@ def check(args: Args) -> None:
         (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
         (0 < args.gamma <= 1, "--gamma must be above 0 and at most 1"),
         (0 <= args.gae_lambda <= 1, "--gae-lambda must be from 0 to 1"),
+        (0 <= args.noise_persistence < 1, "--noise-persistence must be at least 0 and below 1"),
         (0 < args.clip_coef < 1, "--clip-coef must be above 0 and below 1"),
         (0 <= args.ent_coef < inf, "--ent-coef must be 0 or more and finite"),
         (0 <= args.vf_coef < inf, "--vf-coef must be 0 or more and finite"),
