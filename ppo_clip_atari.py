@@ -368,7 +368,7 @@ class Rollout:
         self.newest = torch.zeros((N, *picture), dtype=torch.uint8, pin_memory=pinned)  # frames, on the host
         self.host_history = torch.zeros((T + 1, N), dtype=torch.int64, pin_memory=pinned)
         self.clocks = torch.zeros((N, A), device=device).exponential_()  # (N, A) that the last actions were drawn with
-        self.noise_persistence = args.noise_persistence
+        self.noise_persistence = torch.tensor(args.noise_persistence, device=device)
         self.actions = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # (T+1, N)
         self.log_probs = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) of pi_old, all actions
         self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old

@@ -179,6 +179,24 @@ def test_groups_play_what_one_group_plays(atari):
     assert sorted(episodes.take_ended()) == sorted(their_episodes.take_ended())
 
 
+@pytest.mark.parametrize("persistence", [0.0, 0.7])
+def test_random_numbers_of_actions_persist(atari, persistence):
+    """In one state actions follow the softmax; from step to step a game keeps its own with the given probability."""
+    args = tiny(atari, num_envs=400, num_steps=1, noise_persistence=persistence)
+    envs = ScriptedGame([], 400)
+    agent, rollout = atari.Agent(envs), atari.Rollout(args, envs, CPU)
+    logits = torch.tensor([0.5, 0.0, -0.5])
+    agent.forward = lambda obs: (logits.expand(len(obs), 3), torch.zeros(len(obs)))
+    halves = rollout.idx[0].view(2, 200)
+    torch.manual_seed(1)
+    drawn = torch.stack([torch.cat([atari.act(agent, rollout, half) for half in halves]) for _ in range(400)])
+    probs = logits.softmax(-1)
+    torch.testing.assert_close(torch.bincount(drawn.flatten()) / drawn.numel(), probs, atol=0.01, rtol=0)
+    same = (drawn[1:] == drawn[:-1]).float().mean().item()
+    assert same == pytest.approx(persistence + (1 - persistence) * float(probs.square().sum()), abs=0.01)
+    torch.testing.assert_close(rollout.log_probs[0], probs.log().expand(400, 3))
+
+
 @pytest.mark.parametrize("bf16", [False, True])
 def test_first_minibatch_ratio_is_one(atari, tmp_path, monkeypatch, bf16):
     """Over a whole run's iterations: whatever moves between collection and update, pixel statistics too, shows here."""

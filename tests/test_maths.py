@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 
 TWINS = {
     *("ranks", "start_ranks", "together", "all_mean", "gather", "from_rank_0", "leave_ranks"),
-    *("moments", "digest", "layer_init", "RunningStats", "env_seeds", "act", "sample", "environments", "step"),
+    *("moments", "digest", "layer_init", "RunningStats", "env_seeds", "sample", "environments", "step"),
     *("compute_gae", "ppo_clip_loss"),
     *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph", "fail", "write_file"),
     *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states", "open_run"),
     *("versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report", "finish"),
 }
 DIFFERENT = {
-    *("Args", "Agent", "make_envs", "Rollout", "Episodes", "collect", "to_tensor", "evaluate", "record_video"),
+    *("Args", "Agent", "make_envs", "Rollout", "Episodes", "act", "collect", "to_tensor", "evaluate", "record_video"),
     *("check", "train"),
 }
 
