@@ -350,7 +350,7 @@ def test_learning_rate_falls_to_zero(script, tmp_path, monkeypatch):
         assert [e.value for e in charts] == pytest.approx(rates[:: args.num_minibatches])
 
 
-def test_evaluation_counts_one_whole_game_each_on_seeds_of_its_own(script, monkeypatch):
+def test_evaluation_counts_one_whole_game_each_on_seeds_of_its_own(script):
     args = tiny(script, env_id="Drifting-v0")
     agent = start(script, args)[0]
     seeds = script.env_seeds(args.seed, 1, 4)
