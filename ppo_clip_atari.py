@@ -14,8 +14,8 @@ then climbs the clipped surrogate for K epochs of minibatches:
 The canonical settings, CleanRL's:
 
     python ppo_clip_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 \\
-        --learning-rate 2.5e-4 --clip-vloss --vf-coef 0.5 --no-norm-obs --final-temperature 1 --final-gae-lambda 0.95 \\
-        --no-anneal-ent --noise-persistence 0
+        --learning-rate 2.5e-4 --gamma 0.99 --clip-vloss --vf-coef 0.5 --no-norm-obs --final-temperature 1 \\
+        --final-gae-lambda 0.95 --no-anneal-ent --noise-persistence 0
 
 With the defaults PongNoFrameskip-v4 came to 18 within half a million steps, and to 20.7 (one seed).
 """
@@ -114,7 +114,7 @@ class Args:
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
-    gamma: float = 0.99
+    gamma: float = 0.995
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
