@@ -14,8 +14,7 @@ then climbs the clipped surrogate for K epochs of minibatches:
 The canonical settings, CleanRL's:
 
     python ppo_clip_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 \\
-        --learning-rate 2.5e-4 --gamma 0.99 --clip-vloss --vf-coef 0.5 --no-norm-obs --final-temperature 1 \\
-        --final-gae-lambda 0.95 --no-anneal-ent --noise-persistence 0
+        --learning-rate 2.5e-4 --clip-vloss --vf-coef 0.5 --no-norm-obs
 
 With the defaults PongNoFrameskip-v4 came to 18 within half a million steps, and to 20.7 (one seed).
 """
@@ -114,21 +113,17 @@ class Args:
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
-    gamma: float = 0.995
+    gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
-    final_gae_lambda: float = 0.7
-    """lambda of the advantages at the run's end, when V has learnt to tell; the value's targets keep --gae-lambda"""
     num_minibatches: int = 8
     """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
     update_epochs: int = 4
     """K, passes over the rollout an iteration"""
-    noise_persistence: float = 0.7
+    noise_persistence: float = 0.0
     """chance that a game draws its action with the random numbers of the step before, to explore in strokes of some
-    steps; 0 for fresh ones at every step"""
-    final_temperature: float = 0.5
-    """temperature of the softmax policy at the run's end; 1 at its start, so it explores first, exploits last"""
+    steps: Pong learns sooner with 0.7; 0 for fresh ones at every step"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
     norm_obs: bool = True
@@ -139,8 +134,6 @@ class Args:
     """clip the value's step too, as OpenAI's baselines do"""
     ent_coef: float = 0.01
     """c2, weight of the entropy bonus"""
-    anneal_ent: bool = True
-    """let c2 fall linearly to zero over the run (not with --target-entropy)"""
     vf_coef: float = 1.0
     """c1, weight of the value loss"""
     max_grad_norm: float = 0.5
@@ -303,7 +296,6 @@ class Agent(nn.Module):
             nn.ReLU(),
         )
         self.policy_head = layer_init(nn.Linear(512, int(envs.single_action_space.n)), std=0.01)
-        self.register_buffer("temperature", torch.ones(()))  # of the policy; `train` lowers it
         self.value_head = layer_init(nn.Linear(512, 1), std=1.0)
         self.to(memory_format=torch.channels_last)  # the update is about 1.4 times faster so on a CPU
 
@@ -316,7 +308,7 @@ class Agent(nn.Module):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.encoder(pixels)
         features = features.float()
-        return self.policy_head(features) / self.temperature, self.value_head(features).squeeze(-1)
+        return self.policy_head(features), self.value_head(features).squeeze(-1)
 
 
 def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv:
@@ -528,7 +520,7 @@ def compute_gae(
     terminated: torch.Tensor,
     truncated: torch.Tensor,
     gamma: float,
-    gae_lambda: torch.Tensor | float,
+    gae_lambda: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16).
 
@@ -1030,9 +1022,7 @@ def check(args: Args) -> None:
         (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
         (0 < args.gamma <= 1, "--gamma must be above 0 and at most 1"),
         (0 <= args.gae_lambda <= 1, "--gae-lambda must be from 0 to 1"),
-        (0 <= args.final_gae_lambda <= 1, "--final-gae-lambda must be from 0 to 1"),
         (0 <= args.noise_persistence < 1, "--noise-persistence must be at least 0 and below 1"),
-        (0 < args.final_temperature < inf, "--final-temperature must be above 0 and finite"),
         (0 < args.clip_coef < 1, "--clip-coef must be above 0 and below 1"),
         (0 <= args.ent_coef < inf, "--ent-coef must be 0 or more and finite"),
         (0 <= args.vf_coef < inf, "--vf-coef must be 0 or more and finite"),
@@ -1194,22 +1184,21 @@ def train(args: Args) -> None:
     play, estimate, climb = map(Graph if device.type == "cuda" else lambda f: f, (act, compute_gae, learn))
 
     for iteration in range(done + 1, args.num_iterations + 1):
-        progress = (iteration - 1) / args.num_iterations  # all that changes with it does so linearly
-        lr = args.learning_rate * (1 - progress if args.anneal_lr else 1)
+        lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1)
         optimizer.lr.fill_(lr)
-        if args.anneal_ent and args.target_entropy is None:
-            ent_coef = args.ent_coef * (1 - progress)
-        temperature = 1 / (1 + (1 / args.final_temperature - 1) * progress)
-        agent.temperature.fill_(temperature)
-        gae_lambda = args.gae_lambda + (args.final_gae_lambda - args.gae_lambda) * progress
-        charts = {"learning_rate": lr, "temperature": temperature, "gae_lambda": gae_lambda, "ent_coef": ent_coef}
+        charts = {"learning_rate": lr, "ent_coef": ent_coef}
 
         collect(agent, episodes, rollout, args, play)
         ended = [episode for part in gather(episodes.take_ended()) for episode in part]
-        played = rollout.rewards, rollout.values, rollout.final_values, rollout.terminated, rollout.truncated
-        lambdas = torch.tensor([args.gae_lambda, gae_lambda], device=device)
-        returns = estimate(*played, args.gamma, lambdas[0])[1].clone()
-        advantages, _ = estimate(*played, args.gamma, lambdas[1])
+        advantages, returns = estimate(
+            rollout.rewards,
+            rollout.values,
+            rollout.final_values,
+            rollout.terminated,
+            rollout.truncated,
+            args.gamma,
+            args.gae_lambda,
+        )
         losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args, climb)
         if losses["finite"] < 1 or not math.isfinite(losses["loss"]):
             names = ", ".join(tag for tag, value in losses.items() if not math.isfinite(value)) or "the gradient"

@@ -508,7 +508,7 @@ def compute_gae(
     terminated: torch.Tensor,
     truncated: torch.Tensor,
     gamma: float,
-    gae_lambda: torch.Tensor | float,
+    gae_lambda: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16).
 
