@@ -300,7 +300,7 @@ class Agent(nn.Module):
         self.to(memory_format=torch.channels_last)  # the update is about 1.4 times faster so on a CPU
 
     def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = obs.to(torch.float32, memory_format=torch.channels_last)
+        pixels = obs.contiguous(memory_format=torch.channels_last).float()  # as bytes: a quarter less time
         stats = self.obs_stats.mean, torch.rsqrt(self.obs_stats.var.clamp(min=1.0))  # most pixels hardly ever change
         # laid out like the pixels, three times as fast as broadcasting between their channels
         mean, scale = (x.expand_as(obs[:1]).contiguous(memory_format=torch.channels_last) for x in stats)
@@ -311,10 +311,11 @@ class Agent(nn.Module):
         return self.policy_head(features), self.value_head(features).squeeze(-1)
 
 
-def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv:
+def make_envs(args: Args, num_envs: int, groups: int = 1, colour: bool = False) -> AtariVectorEnv:
     """`num_envs` emulators of one game: 4 frames a step, max of the last two, up to 30 no-ops at a game's start.
 
-    A game's end resets within the step (SAME_STEP). `colour` gives the same games as (4, 210, 160, 3) RGB frames.
+    A game's end resets within the step (SAME_STEP). `groups` of emulators that play at once share the cores. `colour`
+    gives the same games as (4, 210, 160, 3) RGB frames.
     """
     gym.register_envs(ale_py)
     env_id = args.env_id
@@ -327,12 +328,13 @@ def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv
     if spec.vector_entry_point != "ale_py.vector_env:AtariVectorEnv":
         games = "ALE/<Game>-v5 or <Game>NoFrameskip-v4"
         fail(f"--env-id {args.env_id} is not {games}: what is no Atari game, ppo_clip_discrete.py trains")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     look = {"grayscale": False, "img_height": 210, "img_width": 160} if colour else {}
     return gym.make_vec(
         env_id,
         num_envs=num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
-        num_threads=max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        num_threads=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // groups),
         repeat_action_probability=args.stickiness,
         life_loss_info=args.episodic_life,
         reward_clipping=False,  # scores are whole; collect clips
@@ -1147,9 +1149,11 @@ def train(args: Args) -> None:
     seed_all(args.seed)  # every rank makes the same network
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_float32_matmul_precision("high")  # TF32 where the GPU has it
+    if device.type == "cuda":
+        torch.set_num_threads(1)  # the host only copies frames: more threads take the emulators' cores from them
 
     halves = 2 if device.type == "cuda" and args.local_envs % 2 == 0 else 1  # one plays while the other is answered
-    envs = [make_envs(args, args.local_envs // halves) for _ in range(halves)]
+    envs = [make_envs(args, args.local_envs // halves, halves) for _ in range(halves)]
     agent = Agent(envs[0]).to(device)
     agent.bf16 = args.bf16 and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     rollout = Rollout(args, envs[0], device)

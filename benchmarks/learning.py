@@ -46,7 +46,9 @@ def hardware() -> str:
     model = models[0] if models else platform.processor() or platform.machine()
     instructions = torch.backends.cpu.get_cpu_capability() + "-BF16" * torch.cpu._is_avx512_bf16_supported()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return ", ".join([f"{os.cpu_count()} CPU cores ({model}, {instructions})", *gpus])
+    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # under taskset, say
+    cores = f"{mine} of {os.cpu_count()}" if mine < os.cpu_count() else os.cpu_count()
+    return ", ".join([f"{cores} CPU cores ({model}, {instructions})", *gpus])
 
 
 def sha256(path: Path) -> str:

@@ -93,10 +93,11 @@ class Parts:
         trainer.seed_all(args.seed)
         torch.backends.cudnn.deterministic = args.torch_deterministic
         torch.set_float32_matmul_precision("high" if atari else "highest")
-        torch.set_num_threads(threads(trainer))
+        torch.set_num_threads(threads(trainer, args))
         self.device = trainer.start_ranks(args)
         halves = 2 if atari and self.device.type == "cuda" and args.num_envs % 2 == 0 else 1
-        envs = [trainer.make_envs(args, args.num_envs // halves) for _ in range(halves)]
+        shape = (args.num_envs // halves, halves) if atari else (args.num_envs,)
+        envs = [trainer.make_envs(args, *shape) for _ in range(halves)]
         self.agent = trainer.Agent(envs[0]).to(self.device)
         if atari:
             self.agent.bf16 = args.bf16 and self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -159,9 +160,10 @@ class Parts:
             torch.cuda.synchronize()
 
 
-def threads(trainer) -> int:
-    """PyTorch's threads: ppo_clip_discrete.py takes one, its network is too small to share between cores."""
-    return 1 if "discrete" in trainer.__name__ else torch.get_num_threads()
+def threads(trainer, args) -> int:
+    """PyTorch's threads: the trainers take one for small networks and beside a GPU."""
+    beside_gpu = args.cuda and torch.cuda.is_available()
+    return 1 if beside_gpu or "discrete" in trainer.__name__ else torch.get_num_threads()
 
 
 def load(path: Path):
@@ -200,7 +202,7 @@ def run_trainer(trainer, args, flags: list[str]) -> tuple[float, float]:
 def run_cleanrl(trainer, args, checkout: Path) -> tuple[float, float]:
     """Steps a second and peak MiB of CleanRL's script: its own SPS, over the whole run, is not comparable."""
     script = "ppo.py" if "discrete" in trainer.__name__ else "ppo_atari.py"
-    bootstrap = [str(checkout.resolve()), script, str(threads(trainer)), str(getattr(args, "stickiness", 0))]
+    bootstrap = [str(checkout.resolve()), script, str(threads(trainer, args)), str(getattr(args, "stickiness", 0))]
     source, flags = (checkout / "cleanrl" / script).read_text(), []
     for name, value in dataclasses.asdict(args).items():
         flag = name.replace("_", "-")
@@ -233,7 +235,7 @@ def train_sb3(trainer, args) -> None:
         def _on_training_end(self) -> None:
             print("SPS:", flush=True)
 
-    torch.set_num_threads(threads(trainer))
+    torch.set_num_threads(threads(trainer, args))
     if "atari" in trainer.__name__:
         import ale_py
         import gymnasium
@@ -352,7 +354,7 @@ def main() -> None:
         "commit": commit(ROOT),
         "versions": trainer.versions(),
         "hardware": hardware(),
-        "threads": threads(trainer),
+        "threads": threads(trainer, args),
     }
     if "sb3" in options.peer:
         record["versions"]["stable-baselines3"] = importlib.metadata.version("stable-baselines3")

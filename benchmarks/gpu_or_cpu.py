@@ -1,0 +1,68 @@
+"""From which network and how many environments on ppo_clip_discrete.py is faster on a GPU than on one CPU core.
+
+    python benchmarks/gpu_or_cpu.py
+
+Environment steps a second of whole iterations (play, advantages, K epochs) of CartPole-v1, for each width of the two
+hidden layers and each number of environments, all else the trainer's defaults, so that the minibatch grows with the
+environments. Writes benchmarks/results/gpu_or_cpu.json.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+from learning import ROOT, hardware
+from throughput import Parts, commit, load
+
+
+def measure(trainer, args, seconds: float) -> float:
+    """Environment steps a second."""
+    parts = Parts(trainer, args)
+
+    def iteration() -> None:
+        parts.collect()
+        parts.update()
+
+    for _ in range(4 if parts.device.type == "cuda" else 0):  # the fourth call records a CUDA graph
+        iteration()
+    return parts.rate(iteration, args.batch_size, seconds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--num-envs", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement, three iterations at least")
+    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_or_cpu.json")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no GPU here")
+    trainer = load(ROOT / "ppo_clip_discrete.py")
+    agent, rows = trainer.Agent, []
+    for device in ("cuda", "cpu"):
+        for hidden in options.hidden:
+            trainer.Agent = functools.partial(agent, hidden=hidden)
+            for num_envs in options.num_envs:
+                args = dataclasses.replace(trainer.Args(), num_envs=num_envs, cuda=device == "cuda")
+                steps_per_second = measure(trainer, args, options.seconds)
+                rows.append(dict(device=device, hidden=hidden, num_envs=num_envs, steps_per_second=steps_per_second))
+                print(rows[-1], flush=True)
+    record = {
+        "command": "python benchmarks/gpu_or_cpu.py " + shlex.join(sys.argv[1:]),
+        "seed": args.seed,
+        "commit": commit(ROOT),
+        "versions": trainer.versions(),
+        "hardware": hardware(),
+        "rows": rows,
+    }
+    options.output.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"record {options.output}")
+
+
+if __name__ == "__main__":
+    main()
