@@ -33,6 +33,8 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: takes minutes, runs only where -m asks for it")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     torch.set_num_threads(1)
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as under `pytest &`: trainers would ignore it too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_generate_tests(metafunc):
