@@ -256,6 +256,17 @@ def test_without_norm_obs_pixels_are_divided_by_255(atari, tmp_path):
         torch.testing.assert_close(agent(obs)[0], expected, rtol=1e-3, atol=1e-5)
 
 
+def test_groups_and_ranks_share_the_cores(atari, monkeypatch):
+    monkeypatch.setattr(atari.os, "sched_getaffinity", lambda _: range(16), raising=False)
+    monkeypatch.setattr(atari.gym, "make_vec", lambda *_, **settings: settings["num_threads"])
+    assert atari.make_envs(tiny(atari), 4) == 16
+    assert atari.make_envs(tiny(atari), 4, groups=2) == 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert atari.make_envs(tiny(atari), 4, groups=2) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert atari.make_envs(tiny(atari), 4, groups=2) == 1
+
+
 def test_evaluation_counts_whole_games_unclipped(atari, monkeypatch):
     step, life, over = (1, False, False, False), (0, True, False, False), (7, True, False, True)
     asked = []
