@@ -29,6 +29,7 @@ import json
 import math
 import os
 import platform
+import queue
 import random
 import shutil
 import signal
@@ -38,6 +39,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -311,11 +313,10 @@ class Agent(nn.Module):
         return self.policy_head(features), self.value_head(features).squeeze(-1)
 
 
-def make_envs(args: Args, num_envs: int, groups: int = 1, colour: bool = False) -> AtariVectorEnv:
+def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv:
     """`num_envs` emulators of one game: 4 frames a step, max of the last two, up to 30 no-ops at a game's start.
 
-    A game's end resets within the step (SAME_STEP). `groups` of emulators that play at once share the cores. `colour`
-    gives the same games as (4, 210, 160, 3) RGB frames.
+    A game's end resets within the step (SAME_STEP). `colour` gives the same games as (4, 210, 160, 3) RGB frames.
     """
     gym.register_envs(ale_py)
     env_id = args.env_id
@@ -334,12 +335,18 @@ def make_envs(args: Args, num_envs: int, groups: int = 1, colour: bool = False) 
         env_id,
         num_envs=num_envs,
         autoreset_mode=AutoresetMode.SAME_STEP,
-        num_threads=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // groups),
+        num_threads=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         repeat_action_probability=args.stickiness,
         life_loss_info=args.episodic_life,
         reward_clipping=False,  # scores are whole; collect clips
         **look,
     )
+
+
+def make_groups(args: Args, device: torch.device) -> list[AtariVectorEnv]:
+    """This rank's emulators, beside a GPU in groups that play while it answers others. Each group may use all cores."""
+    groups = math.gcd(args.local_envs, 4 if args.local_envs >= 32 else 2) if device.type == "cuda" else 1
+    return [make_envs(args, args.local_envs // groups) for _ in range(groups)]
 
 
 def env_seeds(seed: int, stream: int, count: int) -> np.ndarray:
@@ -369,8 +376,7 @@ class Rollout:
         pinned = device.type == "cuda"  # so that the two below cross the bus while the host goes on
         self.newest = torch.zeros((N, *picture), dtype=torch.uint8, pin_memory=pinned)  # frames, on the host
         self.host_history = torch.zeros((T + 1, N), dtype=torch.int64, pin_memory=pinned)
-        self.clocks = torch.zeros((N, A), device=device).exponential_()  # (N, A) that the last actions were drawn with
-        self.noise_persistence = torch.tensor(args.noise_persistence, device=device)
+        self.clocks = torch.zeros((T + 1, N, A), device=device).exponential_()  # (T+1, N, A) that draw the actions
         self.actions = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # (T+1, N)
         self.log_probs = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) of pi_old, all actions
         self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old
@@ -379,6 +385,19 @@ class Rollout:
         self.returns = torch.zeros((T, N), device=device)  # (T, N) V^targ
         self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N) game over or a life lost
         self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
+
+    def draw_clocks(self, persistence: float) -> None:
+        """Random numbers of all actions to come (see `sample`), so that they depend on no order of play.
+
+        A game keeps its clocks from step to step with probability `persistence`, so that successive actions deviate
+        from the likeliest one alike (after Hollenstein et al. 2024, arXiv:2312.11091, whose policies are Gaussian).
+        """
+        before = self.clocks[-1].clone()
+        self.clocks.exponential_()
+        if persistence > 0:
+            keep = torch.rand_like(self.values) < persistence
+            for t, clocks in enumerate(self.clocks):
+                before = clocks.copy_(torch.where(keep[t].unsqueeze(1), before, clocks))
 
     def observations(self, idx: torch.Tensor) -> torch.Tensor:
         """Stacks (B, 4, 84, 84) of the transitions `idx` (B,), counted t * N + n; black before a game's start."""
@@ -393,16 +412,20 @@ class Rollout:
 class Episodes:
     """The N games in progress: where they stand and what they scored.
 
-    They are played in one group or in several, so that some emulators work while the policy answers the others.
+    They are played in one group or in several, which are answered in the order in which they come: so some emulators
+    work while the policy answers others, and a new game, whose start takes as long as a dozen steps, keeps only its own
+    group waiting.
     """
 
     def __init__(self, groups: list[AtariVectorEnv], seeds: np.ndarray):
         ends = np.cumsum([envs.num_envs for envs in groups])
         self.groups = [(envs, slice(end - envs.num_envs, end)) for envs, end in zip(groups, ends.tolist())]
+        self.waiting = ThreadPoolExecutor(len(groups))  # a thread for each group
+        self.arrived: queue.SimpleQueue[tuple[int, Future]] = queue.SimpleQueue()
         self.begin(seeds)
         self.returns = np.zeros(len(seeds))  # score so far
         self.lengths = np.zeros(len(seeds), dtype=np.int64)  # steps so far
-        self.ended: list[tuple[float, int]] = []  # (return, length) of games that ended
+        self.ended: list[list[tuple[float, int]]] = [[] for _ in groups]  # (return, length) of each group's ended games
 
     def begin(self, seeds: np.ndarray) -> None:
         """Starts new games."""
@@ -412,21 +435,34 @@ class Episodes:
         self.obs = [obs for obs, _ in starts]  # (n, 4, 84, 84) of each group
         self.frame_number = np.concatenate([info["episode_frame_number"] for _, info in starts])  # (N,)
 
-    def add(self, part: slice, rewards: np.ndarray, frame_number: np.ndarray) -> np.ndarray:
-        """Counts one step of the games `part`, raw `rewards` (n,); returns whether each game is over (n,)."""
+    def send(self, group: int, actions: np.ndarray) -> None:
+        """Lets one group play a step with `actions` (n,)."""
+        envs, _ = self.groups[group]
+        envs.send(actions)
+        self.waiting.submit(envs.recv).add_done_callback(lambda step: self.arrived.put((group, step)))
+
+    def receive(self) -> tuple[int, tuple]:
+        """The next group that has played its step, and the step as the environment gives it."""
+        group, step = self.arrived.get()
+        with environments():
+            return group, step.result()
+
+    def add(self, group: int, rewards: np.ndarray, frame_number: np.ndarray) -> np.ndarray:
+        """Counts one step of a group's games, raw `rewards` (n,); returns whether each game is over (n,)."""
+        part = self.groups[group][1]
         over = frame_number < self.frame_number[part]  # a new game's frames are counted anew
         self.frame_number[part] = frame_number
         self.returns[part] += rewards
         self.lengths[part] += 1
         for n in part.start + np.flatnonzero(over):
-            self.ended.append((float(self.returns[n]), int(self.lengths[n])))
+            self.ended[group].append((float(self.returns[n]), int(self.lengths[n])))
             self.returns[n], self.lengths[n] = 0.0, 0
         return over
 
     def take_ended(self) -> list[tuple[float, int]]:
-        """The games that ended since the last call."""
-        ended, self.ended = self.ended, []
-        return ended
+        """The games that ended since the last call, in the same order whichever group was faster."""
+        ended, self.ended = self.ended, [[] for _ in self.groups]
+        return [episode for group in ended for episode in group]
 
     def state_dict(self) -> list[dict]:
         """One dict an environment. Emulators have no state to save: a resumed run starts new games."""
@@ -436,24 +472,16 @@ class Episodes:
         self.begin(np.array([env_seeds(state["seed"], 0, 1)[0] for state in states]))  # not the first games again
 
     def close(self) -> None:
+        self.waiting.shutdown()
         for envs, _ in self.groups:
             envs.close()
 
 
 @torch.no_grad()
 def act(agent: Agent, rollout: Rollout, idx: torch.Tensor) -> torch.Tensor:
-    """pi_old's actions (n,) in the states `idx` (n,) of the rollout, kept there with log-probabilities and values.
-
-    A game keeps its clocks (see `sample`) from step to step with probability `noise_persistence`, so that successive
-    actions deviate from the likeliest one alike (after Hollenstein et al. 2024, arXiv:2312.11091, who do so with
-    Gaussian policies).
-    """
+    """pi_old's actions (n,) in the states `idx` (n,) of the rollout, kept there with log-probabilities and values."""
     logits, values = agent(rollout.observations(idx))
-    game = idx % len(rollout.clocks)
-    keep = torch.rand_like(values) < rollout.noise_persistence
-    clocks = torch.where(keep.unsqueeze(1), rollout.clocks[game], torch.empty_like(logits).exponential_())
-    rollout.clocks[game] = clocks
-    actions = (logits.softmax(-1) / clocks).argmax(-1)
+    actions = (logits.softmax(-1) / rollout.clocks.flatten(0, 1)[idx]).argmax(-1)
     rollout.actions.view(-1)[idx] = actions
     rollout.log_probs.flatten(0, 1)[idx] = logits.log_softmax(-1)
     rollout.values.view(-1)[idx] = values
@@ -470,24 +498,33 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
     history = rollout.host_history.numpy()
     history[0] = 3  # the frames before the rollout are black where no game was yet
     final_obs = {}  # (t, n) of a truncated game -> its last observation
-    for (_, part), obs in zip(episodes.groups, episodes.obs):
-        rollout.frames[:3, part] = to_tensor(obs[:, :3], device).transpose(0, 1)
-    for t in range(T + 1):
-        for group, (envs, part) in enumerate(episodes.groups):
-            if t > 0:  # what the last actions led to
-                with environments():
-                    obs, reward, terminated[t - 1, part], truncated[t - 1, part], info = envs.recv()
-                episodes.obs[group], rewards[t - 1, part] = obs, reward.clip(-1, 1)
-                over = episodes.add(part, reward, info["episode_frame_number"])
-                history[t, part] = np.where(over, 0, np.minimum(history[t - 1, part] + 1, 3))
-                for n in np.flatnonzero(truncated[t - 1, part] & ~terminated[t - 1, part]):
-                    final_obs[t - 1, part.start + int(n)] = info["final_obs"][n]
-            rollout.newest[part] = torch.from_numpy(episodes.obs[group][:, 3])
-            rollout.frames[t + 3, part].copy_(rollout.newest[part], non_blocking=True)
-            rollout.history[t, part].copy_(rollout.host_history[t, part], non_blocking=True)
-            actions = act(agent, rollout, rollout.idx[t, part])
-            if t < T:
-                envs.send(actions.cpu().numpy())
+    rollout.draw_clocks(args.noise_persistence)
+
+    def answer(group: int, t: int) -> None:
+        """pi_old acts on what the games of `group` show at step t."""
+        part = episodes.groups[group][1]
+        rollout.newest[part] = torch.from_numpy(episodes.obs[group][:, 3])
+        rollout.frames[t + 3, part].copy_(rollout.newest[part], non_blocking=True)
+        rollout.history[t, part].copy_(rollout.host_history[t, part], non_blocking=True)
+        actions = act(agent, rollout, rollout.idx[t, part])
+        if t < T:
+            episodes.send(group, actions.cpu().numpy())
+
+    for group, (_, part) in enumerate(episodes.groups):
+        rollout.frames[:3, part] = to_tensor(episodes.obs[group][:, :3], device).transpose(0, 1)
+        answer(group, 0)
+    steps = [0] * len(episodes.groups)  # that each group has played
+    while min(steps) < T:
+        group, (obs, reward, lost, cut, info) = episodes.receive()
+        part, t = episodes.groups[group][1], steps[group]
+        rewards[t, part], terminated[t, part], truncated[t, part] = reward.clip(-1, 1), lost, cut
+        over = episodes.add(group, reward, info["episode_frame_number"])
+        history[t + 1, part] = np.where(over, 0, np.minimum(history[t, part] + 1, 3))
+        for n in np.flatnonzero(cut & ~lost):
+            final_obs[t, part.start + int(n)] = info["final_obs"][n]
+        episodes.obs[group] = obs
+        steps[group] = t + 1
+        answer(group, t + 1)
     if final_obs:
         rollout.final_values[tuple(zip(*final_obs))] = agent(to_tensor(np.stack([*final_obs.values()]), device))[1]
     rollout.rewards.copy_(torch.from_numpy(rewards))
@@ -1152,8 +1189,7 @@ def train(args: Args) -> None:
     if device.type == "cuda":
         torch.set_num_threads(1)  # the host only copies frames: more threads take the emulators' cores from them
 
-    halves = 2 if device.type == "cuda" and args.local_envs % 2 == 0 else 1  # one plays while the other is answered
-    envs = [make_envs(args, args.local_envs // halves, halves) for _ in range(halves)]
+    envs = make_groups(args, device)
     agent = Agent(envs[0]).to(device)
     agent.bf16 = args.bf16 and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     rollout = Rollout(args, envs[0], device)

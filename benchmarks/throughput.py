@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
 import os
 import shlex
@@ -95,9 +96,7 @@ class Parts:
         torch.set_float32_matmul_precision("high" if atari else "highest")
         torch.set_num_threads(threads(trainer, args))
         self.device = trainer.start_ranks(args)
-        halves = 2 if atari and self.device.type == "cuda" and args.num_envs % 2 == 0 else 1
-        shape = (args.num_envs // halves, halves) if atari else (args.num_envs,)
-        envs = [trainer.make_envs(args, *shape) for _ in range(halves)]
+        envs = trainer.make_groups(args, self.device) if atari else [trainer.make_envs(args, args.num_envs)]
         self.agent = trainer.Agent(envs[0]).to(self.device)
         if atari:
             self.agent.bf16 = args.bf16 and self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
@@ -111,22 +110,31 @@ class Parts:
         self.play_graph, self.estimate_graph, self.climb_graph = map(graph, functions)
         random = np.random.default_rng(args.seed)
         self.actions = random.integers(envs[0].single_action_space.n, size=(1024, args.num_envs))
-        self.steps = 0
+        self.count = itertools.count()
 
     def collect(self) -> None:
         """One real rollout of pi_old, which is kept."""
         self.pi_old = {name: tensor.clone() for name, tensor in self.agent.state_dict().items()}
         self.trainer.collect(self.agent, self.episodes, self.rollout, self.args, self.play_graph)
 
-    def step(self) -> None:
-        """One step of every environment, with random actions; groups of emulators work at the same time."""
-        actions = self.actions[self.steps % len(self.actions)]
-        self.steps += 1
-        for envs, part in self.groups:
-            envs.send(actions[part]) if hasattr(envs, "send") else envs.step(actions[part])
-        for envs, _ in self.groups:
-            if hasattr(envs, "recv"):
-                envs.recv()
+    def environments(self, seconds: float) -> float:
+        """Environment steps a second with random actions; groups of emulators go on in the order in which they come."""
+
+        def actions(group: int) -> np.ndarray:
+            return self.actions[next(self.count) % len(self.actions), self.groups[group][1]]
+
+        def play_on() -> None:
+            group, _ = self.episodes.receive()
+            self.episodes.send(group, actions(group))
+
+        if not hasattr(self.episodes, "receive"):
+            return self.rate(lambda: self.groups[0][0].step(actions(0)), self.args.num_envs, seconds)
+        for group in range(len(self.groups)):
+            self.episodes.send(group, actions(group))
+        rate = self.rate(play_on, self.args.num_envs // len(self.groups), seconds)
+        for _ in self.groups:
+            self.episodes.receive()
+        return rate
 
     def act(self) -> None:
         """The policy's answer to every environment, in the rollout's last row, which no update reads."""
@@ -262,7 +270,7 @@ def measure_turn(parts: Parts, flags: list[str], options: argparse.Namespace) ->
     """(a), (b), (c), (d) and the peers, one after the other."""
     trainer, args = parts.trainer, parts.args
     turn = {
-        "environments": parts.rate(parts.step, args.num_envs, options.seconds),
+        "environments": parts.environments(options.seconds),
         "policy": parts.rate(parts.act, args.num_envs, options.seconds),
         "update": parts.rate(parts.update, args.batch_size, options.seconds),
     }

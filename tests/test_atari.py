@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import ale_py
@@ -113,7 +114,7 @@ def play(atari, script):
 def test_life_loss_ends_the_bootstrap_and_not_the_game(atari):
     step, life, over = (1, False, False, False), (0, True, False, False), (7, True, False, True)
     _, episodes, rollout = play(atari, [step, life, step, over, step])
-    assert episodes.ended == [(9.0, 4)]  # 1 + 0 + 1 + 7 unclipped, over the lost life
+    assert episodes.take_ended() == [(9.0, 4)]  # 1 + 0 + 1 + 7 unclipped, over the lost life
     assert episodes.returns.tolist() == [1.0]
     assert rollout.rewards[:, 0].tolist() == [1, 0, 1, 1, 1]  # clipped for training
     assert rollout.terminated[:, 0].tolist() == [False, True, False, True, False]
@@ -123,7 +124,7 @@ def test_life_loss_ends_the_bootstrap_and_not_the_game(atari):
 def test_truncation_bootstraps_the_final_observation(atari):
     step, cut = (1, False, False, False), (1, False, True, True)
     agent, episodes, rollout = play(atari, [step, cut, step])
-    assert episodes.ended == [(2.0, 2)]
+    assert episodes.take_ended() == [(2.0, 2)]
     final = torch.zeros(1, 4, 84, 84, dtype=torch.uint8)
     final[0] = torch.tensor([0, 1, 2, 3]).reshape(4, 1, 1)
     with torch.no_grad():
@@ -154,42 +155,66 @@ def test_stacks_are_the_environments_own(atari):
     assert games > 6
 
 
-def test_groups_play_what_one_group_plays(atari):
-    """Half of the emulators works while the policy answers the other: the transitions are those of one group."""
+class Late:
+    """Emulators that take their time at some of the steps."""
 
-    def transitions(sizes):
-        args = tiny(atari, num_envs=4, num_steps=64, num_minibatches=1, repeat_action_probability=0.25)
-        groups = [atari.make_envs(args, size) for size in sizes]
+    def __init__(self, envs, every):
+        self.envs, self.every, self.steps = envs, every, 0
+
+    def __getattr__(self, name):
+        return getattr(self.envs, name)
+
+    def recv(self):
+        self.steps += 1
+        time.sleep(0.02 if self.steps % self.every == 0 else 0)
+        return self.envs.recv()
+
+
+@pytest.mark.parametrize("persistence", [0.0, 0.7])
+def test_groups_play_what_one_group_plays(atari, persistence):
+    """Some emulators work while the policy answers others: whoever comes first, the same is drawn and played."""
+
+    def transitions(sizes, late):
+        args = tiny(atari, num_envs=4, num_steps=48, num_minibatches=1, noise_persistence=persistence)
+        groups = [Late(atari.make_envs(args, size), every) for size, every in zip(sizes, late)]
         torch.manual_seed(3)
         agent = atari.Agent(groups[0])
+        with torch.no_grad():
+            agent.policy_head.weight *= 100  # no uniform policy, where any logits would do
         episodes, rollout = atari.Episodes(groups, atari.env_seeds(1, 0, 4)), atari.Rollout(args, groups[0], CPU)
-
-        def act(agent, rollout, idx):  # what the environment's number and the step say, whatever the group
-            atari.act(agent, rollout, idx)
-            rollout.actions.view(-1)[idx] = (7 * idx + idx // 4) % 4
-            return rollout.actions.view(-1)[idx]
-
+        arrivals, receive = [], episodes.receive
+        episodes.receive = lambda: arrivals.append(receive()) or arrivals[-1]
+        ended = []
         for _ in range(2):
-            atari.collect(agent, episodes, rollout, args, act)
-        return rollout, episodes
+            atari.collect(agent, episodes, rollout, args)
+            ended += episodes.take_ended()
+        episodes.close()
+        return rollout, ended, [group for group, _ in arrivals]
 
-    (one, episodes), (other, their_episodes) = transitions([4]), transitions([2, 2])
-    for name in ("frames", "history", "actions", "values", "rewards", "terminated", "truncated"):
-        torch.testing.assert_close(getattr(one, name), getattr(other, name), msg=name)
-    assert sorted(episodes.take_ended()) == sorted(their_episodes.take_ended())
+    one, ended, _ = transitions([4], [1000])
+    first, first_ended, order = transitions([2, 2], [3, 1000])
+    second, second_ended, other_order = transitions([2, 2], [1000, 3])
+    assert order != other_order
+    for name in ("frames", "history", "clocks", "actions", "values", "rewards", "terminated", "truncated"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+        torch.testing.assert_close(getattr(one, name), getattr(first, name), msg=name)
+    assert first_ended == second_ended and sorted(ended) == sorted(first_ended)
 
 
 @pytest.mark.parametrize("persistence", [0.0, 0.7])
 def test_random_numbers_of_actions_persist(atari, persistence):
     """In one state actions follow the softmax; from step to step a game keeps its own with the given probability."""
-    args = tiny(atari, num_envs=400, num_steps=1, noise_persistence=persistence)
+    args = tiny(atari, num_envs=400, num_steps=19, noise_persistence=persistence)
     envs = ScriptedGame([], 400)
     agent, rollout = atari.Agent(envs), atari.Rollout(args, envs, CPU)
     logits = torch.tensor([0.5, 0.0, -0.5])
     agent.forward = lambda obs: (logits.expand(len(obs), 3), torch.zeros(len(obs)))
-    halves = rollout.idx[0].view(2, 200)
     torch.manual_seed(1)
-    drawn = torch.stack([torch.cat([atari.act(agent, rollout, half) for half in halves]) for _ in range(400)])
+    drawn = []
+    for _ in range(20):
+        rollout.draw_clocks(persistence)
+        drawn += [torch.cat([atari.act(agent, rollout, half) for half in row.view(2, 200)]) for row in rollout.idx]
+    drawn = torch.stack(drawn)
     probs = logits.softmax(-1)
     torch.testing.assert_close(torch.bincount(drawn.flatten()) / drawn.numel(), probs, atol=0.01, rtol=0)
     same = (drawn[1:] == drawn[:-1]).float().mean().item()
@@ -256,15 +281,14 @@ def test_without_norm_obs_pixels_are_divided_by_255(atari, tmp_path):
         torch.testing.assert_close(agent(obs)[0], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_groups_and_ranks_share_the_cores(atari, monkeypatch):
+def test_ranks_share_the_cores(atari, monkeypatch):
     monkeypatch.setattr(atari.os, "sched_getaffinity", lambda _: range(16), raising=False)
     monkeypatch.setattr(atari.gym, "make_vec", lambda *_, **settings: settings["num_threads"])
     assert atari.make_envs(tiny(atari), 4) == 16
-    assert atari.make_envs(tiny(atari), 4, groups=2) == 8
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert atari.make_envs(tiny(atari), 4, groups=2) == 2
+    assert atari.make_envs(tiny(atari), 4) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert atari.make_envs(tiny(atari), 4, groups=2) == 1
+    assert atari.make_envs(tiny(atari), 4) == 1
 
 
 def test_evaluation_counts_whole_games_unclipped(atari, monkeypatch):

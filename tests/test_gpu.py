@@ -107,7 +107,11 @@ def test_captured_actions_differ_between_steps_and_follow_the_softmax(trainer):
     with torch.no_grad():
         agent.policy_head.bias.copy_(torch.linspace(-0.5, 0.5, len(agent.policy_head.bias)))
     act, idx = trainer.Graph(trainer.act), rollout.idx[0]
-    drawn = [act(agent, rollout, idx).clone() for _ in range(500)]
+    drawn = []
+    for _ in range(500):
+        if hasattr(rollout, "draw_clocks"):  # all of a rollout's before it begins
+            rollout.draw_clocks(0.0)
+        drawn.append(act(agent, rollout, idx).clone())
     assert len({tuple(actions.tolist()) for actions in drawn}) == 500
     probs = rollout.log_probs[0].exp()
     counts = torch.stack([torch.stack(drawn[3:]).eq(a).float().mean(0) for a in range(probs.shape[1])], 1)
@@ -133,6 +137,16 @@ def test_sampled_actions_follow_the_softmax(trainer):
     assert not torch.equal(drawn, trainer.sample(logits))
     frequencies = torch.bincount(drawn, minlength=3).float() / len(drawn)
     torch.testing.assert_close(frequencies, logits[0].softmax(-1), atol=0.01, rtol=0)
+
+
+def test_same_seed_same_parameters(trainer, tmp_path):
+    """Whichever group of emulators was faster."""
+    script, ends = ROOT / f"{trainer.Args.exp_name}.py", []
+    for name in ("one", "other"):
+        flags = [*FLAGS[trainer.Args.exp_name].split(), "--eval-episodes", "0", "--run-dir", str(tmp_path / name)]
+        subprocess.run([sys.executable, str(script), *flags], check=True, timeout=300)
+        ends.append(torch.load(tmp_path / name / "checkpoint.pt", weights_only=True)["agent"])
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
 
 
 def test_trains_stops_resumes_on_the_gpu_and_goes_on_without(trainer, tmp_path):
