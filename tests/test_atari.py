@@ -166,16 +166,15 @@ class Late:
 
     def recv(self):
         self.steps += 1
-        time.sleep(0.02 if self.steps % self.every == 0 else 0)
+        time.sleep(0.01 if self.steps % self.every == 0 else 0)
         return self.envs.recv()
 
 
-@pytest.mark.parametrize("persistence", [0.0, 0.7])
-def test_groups_play_what_one_group_plays(atari, persistence):
+def test_groups_play_what_one_group_plays(atari):
     """Some emulators work while the policy answers others: whoever comes first, the same is drawn and played."""
 
     def transitions(sizes, late):
-        args = tiny(atari, num_envs=4, num_steps=48, num_minibatches=1, noise_persistence=persistence)
+        args = tiny(atari, num_envs=4, num_steps=150, num_minibatches=1, noise_persistence=0.5)
         groups = [Late(atari.make_envs(args, size), every) for size, every in zip(sizes, late)]
         torch.manual_seed(3)
         agent = atari.Agent(groups[0])
@@ -198,7 +197,7 @@ def test_groups_play_what_one_group_plays(atari, persistence):
     for name in ("frames", "history", "clocks", "actions", "values", "rewards", "terminated", "truncated"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
         torch.testing.assert_close(getattr(one, name), getattr(first, name), msg=name)
-    assert first_ended == second_ended and sorted(ended) == sorted(first_ended)
+    assert len(set(first_ended)) > 2 and first_ended == second_ended and sorted(ended) == sorted(first_ended)
 
 
 @pytest.mark.parametrize("persistence", [0.0, 0.7])
