@@ -37,6 +37,7 @@ LEARNING = {
     "atari": [
         ("PongNoFrameskip-v4", "Pong, no sticky actions", 18),
         ("ALE/Pong-v5", "Pong, sticky actions 0.25", 18),
+        ("BreakoutNoFrameskip-v4", "Breakout, no sticky actions", 430),  # CleanRL's after 10 million steps
     ],
 }
 
@@ -104,7 +105,7 @@ def draw_learning(name: str, results: Path, to: Path) -> None:
             axis.axhline(target, color="grey", linestyle=":", linewidth=1)
             dress(axis, key)
         column[0].set_title(f"{title}\n{len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=10)
-        column[1].set_title(hardware, fontsize=7, color="grey")
+        column[1].set_title(hardware.replace("; ", "\n"), fontsize=7, color="grey")
     for axis in axes[:, 0]:
         axis.set_ylabel("return, last 100 episodes")
     save(figure, to / f"{name}.png")
