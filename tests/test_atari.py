@@ -280,6 +280,15 @@ def test_without_norm_obs_pixels_are_divided_by_255(atari, tmp_path):
         torch.testing.assert_close(agent(obs)[0], expected, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("num_envs, sizes", [(64, [16] * 4), (34, [17] * 2), (8, [4] * 2), (7, [7])])
+def test_groups_share_out_the_environments(atari, monkeypatch, num_envs, sizes):
+    monkeypatch.setattr(atari, "make_envs", lambda args, size: size)
+    assert atari.make_groups(tiny(atari, num_envs=num_envs), torch.device("cuda")) == sizes
+    assert atari.make_groups(tiny(atari, num_envs=num_envs), CPU) == [num_envs]
+    monkeypatch.setattr(atari, "ranks", lambda: (0, num_envs))
+    assert atari.make_groups(tiny(atari, num_envs=num_envs), torch.device("cuda")) == [1]
+
+
 def test_ranks_share_the_cores(atari, monkeypatch):
     monkeypatch.setattr(atari.os, "sched_getaffinity", lambda _: range(16), raising=False)
     monkeypatch.setattr(atari.gym, "make_vec", lambda *_, **settings: settings["num_threads"])
