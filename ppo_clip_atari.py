@@ -65,6 +65,9 @@ ENT_COEF_BOUNDS = (1e-5, 0.5)  # --target-entropy keeps c2 in these
 ENT_COEF_RATE = 0.5  # and moves log c2 by this much an iteration, times the share of the entropy that is missing
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank under torchrun waits for the others
 
+# Down to `evaluate` it is the method; `train`, at the end, is Algorithm 1 of the paper. Between them stands what a run
+# needs besides: environments that die, ranks, files, the command line, signals, the log.
+
 
 @dataclass(frozen=True)
 class Args:
@@ -168,82 +171,10 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-def ranks() -> tuple[int, int]:
-    """This process's rank and the number of ranks that torchrun started: (0, 1) without it."""
-    if not dist.is_torchelastic_launched():  # other launchers give the same names to what they start
-        return 0, 1
-    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-def start_ranks(args: Args) -> torch.device:
-    """This rank's device; joins the other ranks where torchrun started any (NCCL between GPUs, gloo between CPUs)."""
-    on_gpu = args.cuda and torch.cuda.is_available()
-    if on_gpu:
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if local_rank >= gpus:
-            fail(f"--nproc-per-node asks for more ranks than this machine's {gpus} GPUs: lower it or add --no-cuda")
-        torch.cuda.set_device(local_rank)
-    if dist.is_torchelastic_launched():
-        store, rank, world = next(rendezvous("env://"))
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # not a dead start's addresses
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=RANK_TIMEOUT)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
-
-
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Around what all ranks do at once: a rank that is gone or hangs ends the others in one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        fail(f"rank {ranks()[0]} waited in vain for the other ranks: {error}", code=1)
-
-
-def all_mean(x: torch.Tensor) -> torch.Tensor:
-    """Mean of `x` over all ranks, in place."""
-    if dist.is_initialized():
-        with together():
-            dist.all_reduce(x)
-        x /= dist.get_world_size()
-    return x
-
-
-def gather(value: Any) -> list:
-    """Every rank's `value`, in the order of ranks."""
-    values = [value] * ranks()[1]
-    if dist.is_initialized():
-        with together():
-            dist.all_gather_object(values, value)
-    return values
-
-
-def from_rank_0(function: Callable[[], Any]) -> Any:
-    """What `function` returns on rank 0, which alone calls it, on every rank."""
-    return gather(function() if ranks()[0] == 0 else None)[0]
-
-
-def leave_ranks() -> None:
-    """Ends the work of all ranks at once.
-
-    gloo's threads live on, and one that lets go of a Python tensor while Python ends aborts the process: until all meet
-    here, the last tensor is gone.
-    """
-    if dist.is_initialized():
-        with together():
-            dist.barrier()
-        dist.destroy_process_group()
-
-
 def moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
     mean = all_mean(rows.mean(0))
     return mean, all_mean((rows - mean).square().mean(0))
-
-
-def digest(agent: nn.Module) -> str:
-    """sha256 of all parameters and statistics: the ranks' must be the same."""
-    return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in agent.state_dict().values())).hexdigest()
 
 
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
@@ -477,6 +408,11 @@ class Episodes:
             envs.close()
 
 
+def sample(logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
+    """Actions (B,) drawn from softmax(logits), logits (B, A): the first of A exponential clocks to ring."""
+    return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
+
+
 @torch.no_grad()
 def act(agent: Agent, rollout: Rollout, idx: torch.Tensor) -> torch.Tensor:
     """pi_old's actions (n,) in the states `idx` (n,) of the rollout, kept there with log-probabilities and values."""
@@ -530,26 +466,6 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
     rollout.rewards.copy_(torch.from_numpy(rewards))
     rollout.terminated.copy_(torch.from_numpy(terminated))
     rollout.truncated.copy_(torch.from_numpy(truncated))
-
-
-def sample(logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Actions (B,) drawn from softmax(logits), logits (B, A): the first of A exponential clocks to ring."""
-    return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
-
-
-@contextlib.contextmanager
-def environments() -> Iterator[None]:
-    """An environment that dies ends the run with its own message."""
-    try:
-        yield
-    except Exception as error:
-        fail(f"the environment died: {type(error).__name__}: {error}; the last checkpoint is intact", code=1)
-
-
-def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
-    """`envs.step` with actions (N,) from any device."""
-    with environments():
-        return envs.step(actions.cpu().numpy())
 
 
 def compute_gae(
@@ -844,10 +760,97 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
     ImageSequenceClip(frames, fps=15).write_videofile(str(path), logger=None)
 
 
+def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
+    """`envs.step` with actions (N,) from any device."""
+    with environments():
+        return envs.step(actions.cpu().numpy())
+
+
+@contextlib.contextmanager
+def environments() -> Iterator[None]:
+    """An environment that dies ends the run with its own message."""
+    try:
+        yield
+    except Exception as error:
+        fail(f"the environment died: {type(error).__name__}: {error}; the last checkpoint is intact", code=1)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """Ends the program with one line that says what to change."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     raise SystemExit(code)
+
+
+def ranks() -> tuple[int, int]:
+    """This process's rank and the number of ranks that torchrun started: (0, 1) without it."""
+    if not dist.is_torchelastic_launched():  # other launchers give the same names to what they start
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def start_ranks(args: Args) -> torch.device:
+    """This rank's device; joins the other ranks where torchrun started any (NCCL between GPUs, gloo between CPUs)."""
+    on_gpu = args.cuda and torch.cuda.is_available()
+    if on_gpu:
+        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local_rank >= gpus:
+            fail(f"--nproc-per-node asks for more ranks than this machine's {gpus} GPUs: lower it or add --no-cuda")
+        torch.cuda.set_device(local_rank)
+    if dist.is_torchelastic_launched():
+        store, rank, world = next(rendezvous("env://"))
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # not a dead start's addresses
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=RANK_TIMEOUT)
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Around what all ranks do at once: a rank that is gone or hangs ends the others in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        fail(f"rank {ranks()[0]} waited in vain for the other ranks: {error}", code=1)
+
+
+def all_mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean of `x` over all ranks, in place."""
+    if dist.is_initialized():
+        with together():
+            dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def gather(value: Any) -> list:
+    """Every rank's `value`, in the order of ranks."""
+    values = [value] * ranks()[1]
+    if dist.is_initialized():
+        with together():
+            dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_0(function: Callable[[], Any]) -> Any:
+    """What `function` returns on rank 0, which alone calls it, on every rank."""
+    return gather(function() if ranks()[0] == 0 else None)[0]
+
+
+def leave_ranks() -> None:
+    """Ends the work of all ranks at once.
+
+    gloo's threads live on, and one that lets go of a Python tensor while Python ends aborts the process: until all meet
+    here, the last tensor is gone.
+    """
+    if dist.is_initialized():
+        with together():
+            dist.barrier()
+        dist.destroy_process_group()
+
+
+def digest(agent: nn.Module) -> str:
+    """sha256 of all parameters and statistics: the ranks' must be the same."""
+    return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in agent.state_dict().values())).hexdigest()
 
 
 def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
