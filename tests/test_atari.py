@@ -345,18 +345,18 @@ def test_same_seed_same_parameters(atari, tmp_path):
     assert not all(torch.equal(a[k], c[k]) for k in a)
 
 
-def test_the_vector_trainers_environment_is_refused(atari, tmp_path):
-    for env_id in ("CartPole-v1", "ALE/Brekout-v5", "BrekoutNoFrameskip-v4", "PongNoFrameskip-v0"):
-        command = [sys.executable, atari.__file__, "--env-id", env_id, "--run-dir", str(tmp_path / "run")]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 2
-        assert run.stderr.startswith("error: ") and run.stderr.count("\n") == 1
-        assert not (tmp_path / "run").exists()
+@pytest.mark.parametrize("env_id", ["CartPole-v1", "ALE/Brekout-v5", "BrekoutNoFrameskip-v4", "PongNoFrameskip-v0"])
+def test_what_is_no_game_of_these_is_refused(atari, tmp_path, capsys, env_id):
+    with pytest.raises(SystemExit, match="2"):
+        atari.train(tiny(atari, env_id=env_id, run_dir=str(tmp_path / "run")))
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and env_id in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
-    args = tiny(atari, env_id="ALE/Pong-v5", eval_episodes=1, capture_video=True, run_dir=str(run_dir))
+    args = tiny(atari, eval_episodes=1, capture_video=True, run_dir=str(run_dir))
     monkeypatch.setattr(atari, "catch_signals", lambda: [signal.SIGTERM])  # after the first iteration
     with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
         atari.train(args)
@@ -364,7 +364,7 @@ def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch)
 
     subprocess.run([sys.executable, atari.__file__, "--resume", str(run_dir)], check=True, timeout=300)
     result = json.loads((run_dir / "result.json").read_text())
-    assert -21 <= result["eval_return_mean"] <= 21 and result["global_step"] == 64
+    assert 0 <= result["eval_return_mean"] < 20 and result["global_step"] == 64
     assert (run_dir / "video.mp4").stat().st_size > 10_000
     assert (run_dir / Path(atari.__file__).name).read_bytes() == Path(atari.__file__).read_bytes()
 

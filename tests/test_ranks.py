@@ -145,11 +145,19 @@ def test_two_ranks_resume_bit_for_bit(tmp_path):
     assert all(torch.equal(straight["agent"][key], resumed["agent"][key]) for key in straight["agent"])
 
 
-@pytest.mark.parametrize("flags", ["--num-envs 7", "--num-envs 2 --num-steps 2 --num-minibatches 4"])
-def test_what_does_not_divide_is_refused(tmp_path, flags):
-    done = torchrun(2, DISCRETE, *flags.split(), "--run-dir", tmp_path / "run")
+def test_what_does_not_divide_is_refused(tmp_path, monkeypatch, capsys):
+    done = torchrun(2, DISCRETE, "--num-envs", 7, "--run-dir", tmp_path / "run")
     assert done.returncode != 0 and errors(done.stderr) and not (tmp_path / "run").exists()
     assert "Traceback" not in done.stderr.split("torch/distributed")[0]
+
+    script = load(DISCRETE)
+    whole = script.Args(num_envs=2, num_steps=4, num_minibatches=4)
+    script.check(whole)
+    monkeypatch.setattr(script, "ranks", lambda: (0, 4))
+    for args in (whole, script.Args(num_envs=4, num_steps=2, num_minibatches=4)):
+        with pytest.raises(SystemExit, match="2"):
+            script.check(args)
+        assert "must divide by 4 ranks" in capsys.readouterr().err
 
 
 # Faults
