@@ -36,7 +36,7 @@ def measure(trainer, args, seconds: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--num-envs", type=int, nargs="+", default=[64, 512])
+    parser.add_argument("--num-envs", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement, three iterations at least")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_or_cpu.json")
     options = parser.parse_args()

@@ -4,7 +4,7 @@
     python benchmarks/plot.py                                 # all figures, into benchmarks/figures
     python benchmarks/plot.py classic_control ablations
 
-Reads benchmarks/results/learning_<env>.json and ablations.json. A curve is the mean return of the last 100 training
+Reads benchmarks/results/learning_<record>.json and ablations.json. A curve is the mean return of the last 100 training
 episodes; it ends where the shortest of its seeds ends. What is not recorded is left out, with a line that says so.
 """
 
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 RETURN = "mean_return_of_last_100"
 T_95 = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262]  # Student's t, 97.5%, 1 to 9 degrees of freedom
 
-# name of the figure: (environment, title, a return to mark)
+# name of the figure: (record, title, a return to mark)
 LEARNING = {
     "classic_control": [  # Gymnasium's `reward_threshold`
         ("CartPole-v1", "CartPole-v1", 475),
@@ -37,7 +37,8 @@ LEARNING = {
     "atari": [
         ("PongNoFrameskip-v4", "Pong, no sticky actions", 18),
         ("ALE/Pong-v5", "Pong, sticky actions 0.25", 18),
-        ("BreakoutNoFrameskip-v4", "Breakout, no sticky actions", 430),  # CleanRL's after 10 million steps
+        ("PongNoFrameskip-v4_10M", "Pong, no sticky actions", 20.4),  # CleanRL's after 10 million steps, as Breakout's
+        ("BreakoutNoFrameskip-v4", "Breakout, no sticky actions", 430),
     ],
 }
 
@@ -88,14 +89,14 @@ def save(figure: plt.Figure, path: Path) -> None:
 def draw_learning(name: str, results: Path, to: Path) -> None:
     """One column an environment; return against steps above, against wall time below."""
     columns = []
-    for env_id, title, target in LEARNING[name]:
-        path = results / f"learning_{env_id.replace('/', '-')}.json"
+    for source, title, target in LEARNING[name]:
+        path = results / f"learning_{source.replace('/', '-')}.json"
         record = json.loads(path.read_text()) if path.exists() else {"runs": []}
         runs = [run for run in record["runs"] if len(run.get("curve", {}).get("step", [])) > 1]
         if runs:
             columns.append((title, target, runs, record["hardware"]))
         else:
-            print(f"{name}: no curves of {env_id} in {path}, left out")
+            print(f"{name}: no curves of {source} in {path}, left out")
     if not columns:
         return
     figure, axes = plt.subplots(2, len(columns), figsize=(3.4 * len(columns), 5.4), squeeze=False)
