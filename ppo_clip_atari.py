@@ -21,6 +21,7 @@ With the defaults PongNoFrameskip-v4 came to 18 within half a million steps, and
 
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -868,8 +869,10 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}; mend that and --resume {path.parent}", code=1)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        how = f"--resume {path.parent}" if (path.parent / "args.json").exists() else "start again"
+        fail(f"cannot write {path}: {error.strerror}; mend that and {how}", code=1)
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
@@ -933,6 +936,21 @@ def set_random_states(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def take(run_dir: Path) -> Path:
+    """Keeps the run folder for this process until it ends: two that train in one would mix their checkpoints."""
+    try:
+        lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        fail(f"{run_dir} cannot be written: {error.strerror}")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another process trains in {run_dir}: stop it, or choose another --run-dir")
+    except OSError:  # a file system without locks
+        pass
+    return run_dir
+
+
 def open_run(args: Args) -> Path:
     """Creates the run folder with arguments, versions and this very source in it, or finds the one to resume."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}"
@@ -960,13 +978,12 @@ def open_run(args: Args) -> Path:
                 write_file(snapshot, source, keep=snapshot.with_suffix(f".{len(starts)}.py"))
         else:
             run_dir.mkdir(parents=True, exist_ok=True)
-            if record_path.exists() or (run_dir / "checkpoint.pt").exists():
-                raise FileExistsError
-            with open(snapshot, "xb") as file:  # of two processes that want one folder, one gets it
-                file.write(source)
+            take(run_dir)
+            other = snapshot.exists() and snapshot.read_bytes() != source  # never lose a file of one's own
+            if other or record_path.exists() or (run_dir / "checkpoint.pt").exists():
+                fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
+            write_file(snapshot, source)
         write_file(record_path, (json.dumps(record, indent=2) + "\n").encode())
-    except FileExistsError:
-        fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
     except OSError as error:
         fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
     return run_dir
@@ -1011,6 +1028,9 @@ def parse_args() -> Args:
     """The command line, checked; beside --resume, the run's own arguments."""
     args = cli(Args())
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
+    nameless = os.environ.get("TORCHELASTIC_RUN_ID") == "none"  # as every job without a name is called
+    if nameless and args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        fail("--max-restarts needs --standalone or --rdzv-id beside it: by its name a restart knows the job's own run")
     if restarted and args.run_dir:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no run, or what never was one
             job = json.loads((Path(args.run_dir) / "args.json").read_text()).get("job")
@@ -1162,7 +1182,10 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, second
     for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to lose
         signal.signal(number, lambda n, _: os._exit(128 + n))
     started = time.time()
-    scores = evaluate(agent, args, args.eval_episodes, device) if args.eval_episodes else []
+    scores = []
+    if args.eval_episodes:
+        print(f"evaluating over {args.eval_episodes} whole episodes", flush=True)
+        scores = evaluate(agent, args, args.eval_episodes, device)
     result = {
         "eval_return_mean": float(np.mean(scores)) if scores else None,
         "eval_return_std": float(np.std(scores)) if scores else None,
@@ -1202,7 +1225,7 @@ def train(args: Args) -> None:
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
     done, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # of earlier starts: iterations, wall time, see Report
 
-    state = from_rank_0(lambda: load_checkpoint(Path(args.resume))) if args.resume else None
+    state = from_rank_0(lambda: load_checkpoint(take(Path(args.resume)))) if args.resume else None
     if state is not None:
         try:
             agent.load_state_dict(state["agent"])

@@ -14,8 +14,10 @@ then climbs the clipped surrogate for K epochs of minibatches:
 With these defaults LunarLander-v3 comes to 270 (mean of 5 seeds, 260 to 278) in one to three minutes on a CPU core.
 """
 
+import array
 import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -219,18 +221,20 @@ class Agent(nn.Module):
 class Replayable(gym.Wrapper):
     """Remembers how the current episode began and its actions: playing them again rebuilds an environment's state.
 
-    Exact for every environment whose only randomness is `np_random`, as Gymnasium's interface asks.
+    Exact for every environment whose only randomness is `np_random`, as Gymnasium's interface asks. Gives no infos,
+    which nothing here reads and `SyncVectorEnv` could not always batch.
     """
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.unwrapped.np_random, _ = seeding.np_random(seed)
-        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, []
-        return self.env.reset(seed=seed, options=options)
+        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, array.array("q")
+        return self.env.reset(seed=seed, options=options)[0], {}
 
     def step(self, action):
         self.actions.append(action)
-        return self.env.step(action)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return np.array(obs), reward, terminated, truncated, {}  # a copy: the reset may write into the same array
 
     def state_dict(self) -> dict:
         return {"start": json.dumps(self.start), "actions": torch.tensor(self.actions, dtype=torch.int64)}
@@ -262,6 +266,10 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> Vect
 
     try:
         env = make_env()
+        if render_mode is not None:
+            env.reset()
+            if not isinstance(env.render(), np.ndarray):
+                raise TypeError("render() gives no picture")
         env.close()
     except Exception as error:
         film = " for --capture-video" * (render_mode is not None)
@@ -273,7 +281,8 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> Vect
         fail(f"--env-id {args.env_id} has the observation space {space}: a Box or Discrete one is needed")
     if len(space.shape) == 3 and space.dtype == np.uint8:
         fail(f"--env-id {args.env_id} gives images {space.shape}: copy ppo_clip_atari.py and change its make_envs")
-    return SyncVectorEnv([make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    with environments():  # one that is made once may not be made twice
+        return SyncVectorEnv([make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def env_seeds(seed: int, stream: int, count: int) -> np.ndarray:
@@ -703,7 +712,7 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
         logits, _ = agent(to_tensor(obs, device))
         obs, _, terminated, truncated, _ = step(envs, sample(logits, generator))
         over = terminated[0] or truncated[0]
-    ImageSequenceClip(frames, fps=envs.metadata.get("render_fps", 30)).write_videofile(str(path), logger=None)
+    ImageSequenceClip(frames, fps=envs.metadata.get("render_fps") or 30).write_videofile(str(path), logger=None)
     envs.close()
 
 
@@ -815,8 +824,10 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        fail(f"cannot write {path}: {error.strerror}; mend that and --resume {path.parent}", code=1)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        how = f"--resume {path.parent}" if (path.parent / "args.json").exists() else "start again"
+        fail(f"cannot write {path}: {error.strerror}; mend that and {how}", code=1)
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
@@ -880,6 +891,21 @@ def set_random_states(state: dict) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
+def take(run_dir: Path) -> Path:
+    """Keeps the run folder for this process until it ends: two that train in one would mix their checkpoints."""
+    try:
+        lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        fail(f"{run_dir} cannot be written: {error.strerror}")
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        fail(f"another process trains in {run_dir}: stop it, or choose another --run-dir")
+    except OSError:  # a file system without locks
+        pass
+    return run_dir
+
+
 def open_run(args: Args) -> Path:
     """Creates the run folder with arguments, versions and this very source in it, or finds the one to resume."""
     name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}"
@@ -907,13 +933,12 @@ def open_run(args: Args) -> Path:
                 write_file(snapshot, source, keep=snapshot.with_suffix(f".{len(starts)}.py"))
         else:
             run_dir.mkdir(parents=True, exist_ok=True)
-            if record_path.exists() or (run_dir / "checkpoint.pt").exists():
-                raise FileExistsError
-            with open(snapshot, "xb") as file:  # of two processes that want one folder, one gets it
-                file.write(source)
+            take(run_dir)
+            other = snapshot.exists() and snapshot.read_bytes() != source  # never lose a file of one's own
+            if other or record_path.exists() or (run_dir / "checkpoint.pt").exists():
+                fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
+            write_file(snapshot, source)
         write_file(record_path, (json.dumps(record, indent=2) + "\n").encode())
-    except FileExistsError:
-        fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
     except OSError as error:
         fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
     return run_dir
@@ -958,6 +983,9 @@ def parse_args() -> Args:
     """The command line, checked; beside --resume, the run's own arguments."""
     args = cli(Args())
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
+    nameless = os.environ.get("TORCHELASTIC_RUN_ID") == "none"  # as every job without a name is called
+    if nameless and args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        fail("--max-restarts needs --standalone or --rdzv-id beside it: by its name a restart knows the job's own run")
     if restarted and args.run_dir:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no run, or what never was one
             job = json.loads((Path(args.run_dir) / "args.json").read_text()).get("job")
@@ -1108,7 +1136,10 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, second
     for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to lose
         signal.signal(number, lambda n, _: os._exit(128 + n))
     started = time.time()
-    scores = evaluate(agent, args, args.eval_episodes, device) if args.eval_episodes else []
+    scores = []
+    if args.eval_episodes:
+        print(f"evaluating over {args.eval_episodes} whole episodes", flush=True)
+        scores = evaluate(agent, args, args.eval_episodes, device)
     result = {
         "eval_return_mean": float(np.mean(scores)) if scores else None,
         "eval_return_std": float(np.std(scores)) if scores else None,
@@ -1147,7 +1178,7 @@ def train(args: Args) -> None:
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
     done, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # of earlier starts: iterations, wall time, see Report
 
-    state = from_rank_0(lambda: load_checkpoint(Path(args.resume))) if args.resume else None
+    state = from_rank_0(lambda: load_checkpoint(take(Path(args.resume)))) if args.resume else None
     if state is not None:
         try:
             agent.load_state_dict(state["agent"])
@@ -1191,15 +1222,17 @@ def train(args: Args) -> None:
             args.gae_lambda,
         )
         losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args, climb)
-        if losses["finite"] < 1 or not math.isfinite(losses["loss"]):
-            names = ", ".join(tag for tag, value in losses.items() if not math.isfinite(value)) or "the gradient"
-            fail(
-                f"iteration {iteration}: not finite: {names}. Lower --learning-rate, or look for rewards and "
-                f"observations that are not finite; {run_dir} keeps its last good checkpoint",
-                code=1,
-            )
         if args.norm_obs and not agent.one_hot:  # not within an iteration, where pi_old and pi must see alike
             agent.obs_stats.update(rollout.obs[:-1].flatten(0, 1).flatten(1))
+        statistics = [name for name, x in agent.named_buffers() if not x.isfinite().all()]
+        if losses["finite"] < 1 or not math.isfinite(losses["loss"]) or statistics:
+            names = [tag for tag, value in losses.items() if not math.isfinite(value)] + statistics
+            fail(
+                f"iteration {iteration}: not finite: {', '.join(names) or 'the gradient'}. Lower --learning-rate, or "
+                f"look for rewards and observations that are not finite, or whose squares are not; {run_dir} keeps "
+                "its last good checkpoint",
+                code=1,
+            )
 
         global_step = iteration * args.batch_size
         if rank == 0:

@@ -192,6 +192,46 @@ def test_rollout_of_a_scripted_environment(script, ending):
     assert returns.flatten().tolist() == pytest.approx([a + v for a, v in zip(expected, V)], abs=1e-5)
 
 
+class Careless(gym.Env):
+    """Has one array for all observations, infos that cannot be batched, and three copies at most."""
+
+    observation_space = gym.spaces.Box(0, 10, (2,), np.float32)
+    action_space = gym.spaces.Discrete(2)
+    made = 0
+
+    def __init__(self, render_mode=None):
+        self.number = Careless.made = Careless.made + 1
+        if self.number > 3:
+            raise OSError("no port is free")
+        self.obs = np.zeros(2, np.float32)
+
+    def reset(self, *, seed=None, options=None):
+        self.obs[:] = 0
+        return self.obs, {"winner": None}
+
+    def step(self, action):
+        self.obs += 1
+        return self.obs, 1.0, False, self.obs[0] == 5, {"winner": 1, "path": np.zeros(self.number)}
+
+
+gym.register("Careless-v0", Careless)
+
+
+def test_careless_environments(script, capsys):
+    args = tiny(script, env_id="Careless-v0", num_envs=2)
+    envs = script.make_envs(args, 2)  # a first one, which is closed again, and these two
+    envs.reset(seed=[1, 2])
+    for _ in range(5):
+        obs, _, _, cut, info = envs.step(np.array([0, 1]))
+    assert cut.all() and not obs.any()
+    assert np.stack(info["final_obs"]).tolist() == [[5, 5], [5, 5]]
+    with pytest.raises(SystemExit, match="1"):
+        Careless.made = 1
+        script.make_envs(args, 4)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "no port is free" in err
+
+
 def test_environment_that_cannot_render(script):
     gym.register("ScriptedPlain-v0", lambda: Scripted("terminated"))
     script.make_envs(tiny(script, env_id="ScriptedPlain-v0"), 2).close()
@@ -394,6 +434,16 @@ def test_a_film_of_actions_that_begin_at_one(script, tmp_path):
     assert (tmp_path / "run" / "video.mp4").stat().st_size > 500
 
 
+def test_a_film_that_cannot_be_made_ends_the_run_before_it_trains(script, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Drifting, "render", lambda self: None)
+    args = tiny(script, env_id="Drifting-v0", capture_video=True, run_dir=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match="2"):
+        script.train(args)
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "render() gives no picture" in err
+    assert not (tmp_path / "run").exists()
+
+
 def test_observations_of_a_discrete_space_count_from_its_start(script):
     envs = SimpleNamespace(
         single_observation_space=gym.spaces.Discrete(3, start=5), single_action_space=gym.spaces.Discrete(2)
@@ -417,6 +467,10 @@ def test_a_run_folder_is_taken_once(script, tmp_path, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.open_run(tiny(script, run_dir=str(tmp_path / ("x" * 300))))
     assert "File name too long" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        script.open_run(tiny(script, run_dir=str(tmp_path / "file")))
+    assert "cannot be written: File exists" in capsys.readouterr().err
 
 
 def test_runs_that_start_together_get_folders_of_their_own(script, tmp_path, monkeypatch):

@@ -17,8 +17,8 @@ TWINS = {
     *("moments", "digest", "layer_init", "RunningStats", "env_seeds", "sample", "environments", "step"),
     *("compute_gae", "ppo_clip_loss"),
     *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph", "fail", "write_file"),
-    *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states", "open_run"),
-    *("versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report", "finish"),
+    *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states"),
+    *("take", "open_run", "versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report", "finish"),
 }
 DIFFERENT = {
     *("Args", "Agent", "make_envs", "Rollout", "Episodes", "act", "collect", "to_tensor", "evaluate", "record_video"),

@@ -200,6 +200,15 @@ def test_a_restart_never_goes_on_with_another_jobs_run(tmp_path):
     assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == files
 
 
+def test_restarts_need_a_name_for_the_job(tmp_path):
+    flags = f"{SMALL} --total-timesteps 256 --run-dir {tmp_path / 'run'}"
+    unnamed = [word for word in TORCHRUN if word != "--standalone"]
+    command = [*unnamed, "--master-port", "0", "--max-restarts", "1", DISCRETE, *flags.split()]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    assert done.returncode != 0 and "--max-restarts needs --standalone or --rdzv-id" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_another_launchers_variables_make_no_ranks(tmp_path):
     flags = f"{SMALL} --total-timesteps 256 --run-dir {tmp_path / 'run'}"
     environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}

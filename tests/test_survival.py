@@ -4,7 +4,6 @@ import errno
 import hashlib
 import io
 import json
-import math
 import os
 import pickle
 import random
@@ -290,6 +289,29 @@ def test_arguments_of_a_wrong_type_in_the_run_folder(discrete, finished, tmp_pat
     assert err.count("\n") == 1 and "holds no run of this script" in err
 
 
+def test_one_process_a_run_folder(finished, tmp_path):
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    flags = ["--resume", tmp_path, "--total-timesteps"]
+    first = start(DISCRETE, *flags, 100_000_000)
+    while len(list(tmp_path.glob("events*"))) < 2:
+        assert first.poll() is None
+        time.sleep(0.01)
+    second = start(DISCRETE, *flags, 200_000_000)
+    out, err = second.communicate(timeout=60)
+    assert second.returncode == 2 and out == ""
+    assert err == f"error: another process trains in {tmp_path}: stop it, or choose another --run-dir\n"
+    first.terminate()
+    assert first.wait(timeout=60) == 128 + signal.SIGTERM
+
+
+def test_a_run_folder_that_cannot_be_written(discrete, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        discrete.take(discrete.Path("/proc"))
+    err = capsys.readouterr().err
+    assert err.startswith("error: /proc cannot be written: ") and err.count("\n") == 1
+
+
 # Terminals that go away
 
 
@@ -342,6 +364,25 @@ def test_full_disk_while_a_checkpoint_is_written(discrete, finished, tmp_path, m
     assert checkpoint(tmp_path)["iteration"] == 4
 
 
+def test_full_disk_at_the_start_leaves_a_folder_that_can_be_used(discrete, tmp_path, monkeypatch, capsys):
+    args = discrete.Args(run_dir=str(tmp_path / "run"))
+    replace = os.replace
+
+    def full(old, new):
+        if new.name == "args.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        replace(old, new)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        with pytest.raises(SystemExit, match="1"):
+            discrete.open_run(args)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "No space left" in err and "start again" in err and "--resume" not in err
+    assert discrete.open_run(args) == tmp_path / "run"
+    assert (tmp_path / "run" / "args.json").exists()
+
+
 def test_full_disk_while_tensorboard_writes(tmp_path):
     """A file may grow to 200 kB here: the log is the first that meets the limit."""
     flags = f"{SMALL[DISCRETE]} --total-timesteps 100000000 --checkpoint-interval 20 --run-dir {tmp_path / 'run'}"
@@ -373,15 +414,18 @@ class Broken(gym.Env):
         self.steps += 1
         if self.steps >= 100 and self.how == "dies":
             raise ValueError("the motor fell off")
-        observed = math.nan if self.steps >= 100 and self.how == "nan" else 0.5
+        observed = float(self.how) if self.steps >= 100 and self.how != "dies" else 0.5
         return np.full(2, observed, np.float32), 1.0, False, self.steps % 10 == 0, {}
 
 
-for how in ("dies", "nan"):
+for how in ("dies", "nan", "inf", "1e30"):
     gym.register(f"Broken-{how}-v0", Broken, kwargs={"how": how})
 
 
-@pytest.mark.parametrize("how, part", [("dies", "the motor fell off"), ("nan", "not finite")])
+@pytest.mark.parametrize(
+    "how, part",
+    [("dies", "the motor fell off"), ("nan", "not finite"), ("inf", "obs_stats.mean"), ("1e30", "obs_stats.var")],
+)
 def test_a_broken_environment(discrete, tmp_path, monkeypatch, capsys, how, part):
     flags = f"--env-id Broken-{how}-v0 {SMALL[DISCRETE]} --checkpoint-interval 1 --run-dir {tmp_path / 'run'}"
     monkeypatch.setattr(sys, "argv", [str(DISCRETE), *flags.split()])
