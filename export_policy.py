@@ -11,6 +11,7 @@ The network is built by the source snapshot in the run folder, so a copied and c
 
 import contextlib
 import hashlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import io
@@ -24,6 +25,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +125,8 @@ def load_checkpoint(run_dir: Path) -> tuple[dict, str]:
 def load_trainer(path: Path) -> ModuleType:
     """Runs the run's own source, for its `Agent`, `Args` and `make_envs`."""
     print(f"running the code in {path} to build the network", flush=True)
-    spec = importlib.util.spec_from_file_location("run_source", path)
+    loader = importlib.machinery.SourceFileLoader("run_source", str(path))  # whatever the file's name ends in
+    spec = importlib.util.spec_from_loader("run_source", loader)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     try:
@@ -195,6 +198,16 @@ def export_onnx(program: torch.export.ExportedProgram, names: list[str], metadat
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
+def export_torchscript(policy: Policy, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
+    """Without the debug records, which hold file paths of the exporting machine."""
+    whole = io.BytesIO()
+    torch.jit.save(torch.jit.trace(policy, inputs), whole)
+    with zipfile.ZipFile(whole) as records, zipfile.ZipFile(path, "w") as file:
+        for name in records.namelist():
+            if not name.endswith(".debug_pkl"):
+                file.writestr(zipfile.ZipInfo(name), records.read(name))
+
+
 def quantize_int8(path: Path, names: list[str], inputs: list[np.ndarray], to: Path) -> None:
     """Static quantisation (QDQ) of the layers' weights and activations, calibrated on `inputs`."""
     from onnxruntime import quantization
@@ -245,10 +258,10 @@ def load_runtime(path: Path, threads: int = 1) -> Runtime:
 def probes(obs: np.ndarray, space) -> list[np.ndarray]:
     """Observations to compare runtimes on, 256 rows each: of real play, zeros, the space's extremes, random ones."""
     rng = np.random.default_rng(1)
-    discrete = hasattr(space, "n")
-    low = np.clip(space.start if discrete else space.low, -100, 100)
-    high = np.clip(space.start + space.n - 1 if discrete else space.high, -100 if not discrete else None, None)
-    high = high if obs.dtype != np.float32 else np.clip(high, None, 100)
+    if hasattr(space, "n"):
+        low, high = space.start, space.start + space.n - 1
+    else:
+        low, high = np.clip(space.low, -100, 100), np.clip(space.high, -100, 100 if obs.dtype == np.float32 else None)
     shape = (256, *obs.shape[1:])
     zeros = np.broadcast_to(np.clip(0, low, high), shape)
     extremes = np.where(rng.random(shape) < 0.5, low, high)
@@ -325,25 +338,27 @@ def describe_actions(envs) -> dict:
     """The environment's own number of action 0, and the names of all actions where it has them, else its numbers."""
     if hasattr(envs, "ale"):
         return {"first_action": 0, "action_meanings": [action.name for action in envs.ale.get_action_set()]}
-    env = envs.envs[0].unwrapped
-    first, names = int(env.action_space.start), getattr(env, "get_action_meanings", None)
+    env = envs.envs[0].unwrapped if hasattr(envs, "envs") else envs
+    space = env.action_space if hasattr(envs, "envs") else envs.single_action_space
+    first, names = int(space.start), getattr(env, "get_action_meanings", None)
     numbers = [str(first + n) for n in range(int(envs.single_action_space.n))]
     return {"first_action": first, "action_meanings": list(names()) if names else numbers}
 
 
 def load_score(run_dir: Path, global_step: int) -> dict:
-    """The evaluation in the run's result.json, where it is of the policy after `global_step` steps."""
+    """The trainer's evaluation in the run's result.json, where it is of the policy after `global_step` steps."""
     try:
         result = json.loads((run_dir / "result.json").read_text())
         fits = result["global_step"] == global_step
     except (OSError, ValueError, LookupError, TypeError):
         fits = False
-    return {k: result.get(k) if fits else None for k in ("eval_return_mean", "eval_return_std", "eval_episodes")}
+    keys = ("eval_return_mean", "eval_return_std", "eval_episodes")
+    return {k: result.get(k) if fits else None for k in keys} | {"actions": "sampled"}
 
 
-def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, pixels: bool, actions: dict) -> dict:
+def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, atari: bool, actions: dict) -> dict:
     """What a deployer must know of the policy: in policy.json and inside the ONNX files."""
-    if pixels:
+    if atari:
         preprocessing = {
             "inside_the_graph": "scaling or running normalisation of each pixel",
             "before_the_graph": "84x84 grey frames, maximum of the last two of 4 skipped, 4 stacked, oldest first",
@@ -390,18 +405,18 @@ def export(args: Args) -> None:
         envs = trainer.make_envs(run_args, 1)
         agent = trainer.Agent(envs)
         agent.load_state_dict(state["agent"])
+        policy, actions, atari = Policy(agent).eval(), describe_actions(envs), hasattr(envs, "ale")
+        num_actions, space = int(envs.single_action_space.n), envs.single_observation_space
+        envs.close()
+        obs = rollout(trainer, agent, run_args, 10_000 if args.quantize else 512)
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         fail(f"the checkpoint in {run_dir} does not fit its source: {error}")
-    policy = Policy(agent).eval()
-    num_actions, space, actions = int(envs.single_action_space.n), envs.single_observation_space, describe_actions(envs)
-    envs.close()
-    obs = rollout(trainer, agent, run_args, 10_000 if args.quantize else 512)
     uniform = torch.rand(len(obs), num_actions).clamp(1e-6, 1 - 1e-6) if args.stochastic else None
     inputs = [obs] if uniform is None else [obs, uniform]
     two_rows = tuple(x[:2].clone() for x in inputs)
     arrays = [x.numpy() for x in inputs]
     names = ["obs", "uniform"][: len(inputs)]
-    about = describe(run_dir, run_args, record, state, checkpoint_sha256, obs.dtype == torch.uint8, actions)
+    about = describe(run_dir, run_args, record, state, checkpoint_sha256, atari, actions)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     logging.getLogger("torch").setLevel(logging.ERROR)
     program = trace(policy, two_rows, source)
@@ -411,12 +426,19 @@ def export(args: Args) -> None:
             paths = {name: Path(folder) / FILES[name] for name in FILES if name in args.formats}
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
-                if "onnx" in paths:
-                    export_onnx(program, names, metadata, paths["onnx"])
-                if "torchscript" in paths:
-                    torch.jit.save(torch.jit.trace(policy, two_rows), paths["torchscript"])
-                if "torch-export" in paths:
-                    torch.export.save(program, paths["torch-export"])
+                for name, path in paths.items():
+                    try:
+                        if name == "onnx":
+                            export_onnx(program, names, metadata, path)
+                        elif name == "torchscript":
+                            export_torchscript(policy, two_rows, path)
+                        else:
+                            torch.export.save(program, path)
+                    except OSError:
+                        raise
+                    except Exception as error:
+                        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+                        fail(f"the network cannot be written as {name}, leave it out of --formats: {reason}", code=1)
             if "torchscript" in paths:
                 print("note: PyTorch deprecates TorchScript; torch-export is its successor, ONNX the widest supported")
             files = {path.name: load_runtime(path) for path in paths.values()}

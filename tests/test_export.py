@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -91,6 +92,16 @@ def test_onnx_is_one_clean_file(run_dir, exported, tmp_path):
     assert json.loads((exported / "policy.json").read_text())["opset"] == model.opset_import[0].version
     assert export(run_dir, "--output-dir", tmp_path).returncode == 0
     assert (tmp_path / "policy.onnx").read_bytes() == data
+
+
+def test_no_file_tells_of_this_machine(run_dir, exported, everything):
+    for path in (*exported.iterdir(), *everything.iterdir()):
+        records = [path.read_bytes()]
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as file:
+                records = [file.read(name) for name in file.namelist()]
+        for trace in (str(ROOT), "site-packages", str(run_dir)):
+            assert not any(trace.encode() in record for record in records), path
 
 
 def test_a_wrong_weight_does_not_pass(run_dir, tmp_path, monkeypatch, capsys):
@@ -257,6 +268,36 @@ def test_a_forward_that_branches_is_named(run_dir, tmp_path):
     done = export(tmp_path / "run")
     assert done.returncode == 1 and "`if features.sum() > 0:`" in done.stderr.splitlines()[-1]
     assert not any((tmp_path / "run" / name).exists() for name in FILES)
+
+
+def test_an_operator_without_a_translation_is_named(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    source = tmp_path / "run" / "ppo_clip_discrete.py"
+    end = "        return self.policy_head(features)"
+    operator = "        features = features * torch.linalg.svdvals(features)[0]\n"
+    source.write_text(source.read_text().replace(end, operator + end))
+    done = export(tmp_path / "run")
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and line.startswith("error: the network cannot be written as onnx")
+    assert not any((tmp_path / "run" / name).exists() for name in FILES)
+
+
+def test_a_source_of_another_name_exports(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / "ppo_clip_discrete.py").rename(tmp_path / "run" / "trainer")
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record | {"script": "trainer"}))
+    assert export(tmp_path / "run", "--formats", "torch-export").returncode == 0
+
+
+def test_observations_are_probed_within_their_space():
+    exporter = load(ROOT / "export_policy.py")
+    states = exporter.probes(np.array([501, 503]), gym.spaces.Discrete(5, start=500))
+    assert min(x.min() for x in states) == 500 and max(x.max() for x in states) <= 504
+    pixels = exporter.probes(np.zeros((2, 3), np.uint8), gym.spaces.Box(0, 255, (3,), np.uint8))
+    assert {x.max() for x in pixels[2:]} <= {254, 255}
+    vectors = exporter.probes(np.zeros((2, 1), np.float32), gym.spaces.Box(-np.inf, np.inf, (1,)))
+    assert [x.min() for x in vectors[2:3]] == [-100] and [x.max() for x in vectors[2:3]] == [100]
 
 
 def test_actions_count_from_the_environments_first():

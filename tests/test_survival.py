@@ -298,10 +298,13 @@ def test_one_process_a_run_folder(finished, tmp_path):
         assert first.poll() is None
         time.sleep(0.01)
     second = start(DISCRETE, *flags, 200_000_000)
-    out, err = second.communicate(timeout=60)
+    try:
+        out, err = second.communicate(timeout=60)
+    finally:
+        second.kill()
+        first.terminate()
     assert second.returncode == 2 and out == ""
     assert err == f"error: another process trains in {tmp_path}: stop it, or choose another --run-dir\n"
-    first.terminate()
     assert first.wait(timeout=60) == 128 + signal.SIGTERM
 
 
