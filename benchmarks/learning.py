@@ -180,7 +180,7 @@ def main() -> None:
         record = {
             "env_id": options.env_id,
             "hardware": options.hardware,
-            "jobs": options.jobs,
+            "jobs": None if options.runs else options.jobs,
             "mean": statistics.mean(scores) if scores else None,
             "worst": min(scores, default=None),
             "median_command_seconds": statistics.median(times) if times else None,

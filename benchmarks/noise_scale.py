@@ -16,7 +16,9 @@ import argparse
 import dataclasses
 import json
 import math
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -99,6 +101,7 @@ def main() -> None:
 
     git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     record = {
+        "command": "python benchmarks/noise_scale.py " + shlex.join(sys.argv[1:]),
         "run": {key: value for key, value in state["args"].items() if key not in ("run_dir", "resume")},
         "step": state["global_step"],
         "batches": n,
