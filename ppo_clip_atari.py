@@ -324,7 +324,7 @@ class Rollout:
         A game keeps its clocks from step to step with probability `persistence`, so that successive actions deviate
         from the likeliest one alike (after Hollenstein et al. 2024, arXiv:2312.11091, whose policies are Gaussian).
         """
-        before = self.clocks[-1].clone()
+        before = self.clocks[-2].clone()  # of the last step that was played
         self.clocks.exponential_()
         if persistence > 0:
             keep = torch.rand_like(self.values) < persistence

@@ -2,6 +2,7 @@
 
 import importlib.util
 import signal
+import subprocess
 import sys
 from itertools import count
 from pathlib import Path
@@ -77,8 +78,29 @@ def trainer(request):
 
 @pytest.fixture(autouse=True)
 def signal_handlers():
-    """`train` takes SIGINT and SIGTERM for itself: a test gives them back."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """`train` takes these signals for itself: a test gives them back."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left(monkeypatch):
+    """What a test that failed had started ends with it."""
+    started, start = [], subprocess.Popen.__init__
+
+    def remember(self, *arguments, **options):
+        start(self, *arguments, **options)
+        started.append(self)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", remember)
+    yield
+    for process in started:
+        if process.returncode is None and process.poll() is None:
+            process.terminate()  # torchrun then ends its ranks
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

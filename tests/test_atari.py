@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -139,6 +138,12 @@ def test_truncation_bootstraps_the_final_observation(atari):
     torch.testing.assert_close(advantages[1], 1 + 0.5 * v_final - rollout.values[1])
 
 
+def test_rewards_are_clipped_and_scores_are_not(atari):
+    _, episodes, rollout = play(atari, [(reward, False, False, False) for reward in (-7, -1, 0, 8)])
+    assert rollout.rewards[:, 0].tolist() == [-1, -1, 0, 1] and episodes.returns.tolist() == [0.0]
+    assert episodes.lengths.tolist() == [4]
+
+
 def test_stacks_are_the_environments_own(atari):
     """Over game ends, lost lives and rollout borders, each rebuilt stack is what the emulator gave."""
     args = tiny(atari, num_envs=6, num_steps=200, num_minibatches=1, episodic_life=True)
@@ -203,16 +208,17 @@ def test_groups_play_what_one_group_plays(atari):
 @pytest.mark.parametrize("persistence", [0.0, 0.7])
 def test_random_numbers_of_actions_persist(atari, persistence):
     """In one state actions follow the softmax; from step to step a game keeps its own with the given probability."""
-    args = tiny(atari, num_envs=400, num_steps=19, noise_persistence=persistence)
+    args = tiny(atari, num_envs=400, num_steps=4, noise_persistence=persistence)
     envs = ScriptedGame([], 400)
     agent, rollout = atari.Agent(envs), atari.Rollout(args, envs, CPU)
     logits = torch.tensor([0.5, 0.0, -0.5])
     agent.forward = lambda obs: (logits.expand(len(obs), 3), torch.zeros(len(obs)))
     torch.manual_seed(1)
     drawn = []
-    for _ in range(20):
+    for _ in range(80):
         rollout.draw_clocks(persistence)
-        drawn += [torch.cat([atari.act(agent, rollout, half) for half in row.view(2, 200)]) for row in rollout.idx]
+        rows = [torch.cat([atari.act(agent, rollout, half) for half in row.view(2, 200)]) for row in rollout.idx]
+        drawn += rows[:-1]  # the last is not played
     drawn = torch.stack(drawn)
     probs = logits.softmax(-1)
     torch.testing.assert_close(torch.bincount(drawn.flatten()) / drawn.numel(), probs, atol=0.01, rtol=0)
@@ -334,6 +340,29 @@ def test_ids_name_the_protocol(atari):
     assert envs.autoreset_mode == gym.vector.AutoresetMode.SAME_STEP
 
 
+@pytest.mark.parametrize("env_id, lives, sticky", [("PongNoFrameskip-v4", False, 0.0), ("ALE/Pong-v5", True, 0.25)])
+def test_emulators_are_told_the_protocol(atari, monkeypatch, env_id, lives, sticky):
+    monkeypatch.setattr(atari.gym, "make_vec", lambda *_, **settings: settings)
+    told = atari.make_envs(tiny(atari, env_id=env_id, episodic_life=lives), 2)
+    assert told["life_loss_info"] is lives and told["reward_clipping"] is False
+    assert told["repeat_action_probability"] == sticky
+
+
+def test_what_is_not_finite_ends_the_run_with_one_line(atari, tmp_path, monkeypatch, capsys):
+    collect = atari.collect
+
+    def poisoned(agent, episodes, rollout, *rest):
+        collect(agent, episodes, rollout, *rest)
+        rollout.rewards[3] = float("nan")
+
+    monkeypatch.setattr(atari, "collect", poisoned)
+    with pytest.raises(SystemExit, match="1"):
+        atari.train(tiny(atari, cuda=False, run_dir=str(tmp_path / "run")))
+    err = capsys.readouterr().err
+    assert err.startswith("error: iteration 1: not finite: ") and err.count("\n") == 1
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_same_seed_same_parameters(atari, tmp_path):
     def parameters(name, seed):
         args = tiny(atari, num_envs=2, num_steps=16, total_timesteps=96, eval_episodes=0, seed=seed)
@@ -357,12 +386,22 @@ def test_what_is_no_game_of_these_is_refused(atari, tmp_path, capsys, env_id):
 def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     args = tiny(atari, eval_episodes=1, capture_video=True, run_dir=str(run_dir))
-    monkeypatch.setattr(atari, "catch_signals", lambda: [signal.SIGTERM])  # after the first iteration
-    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
-        atari.train(args)
+    with monkeypatch.context() as patch:
+        patch.setattr(atari, "catch_signals", lambda: [signal.SIGTERM])  # after the first iteration
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            atari.train(args)
     assert not (run_dir / "result.json").exists() and not (run_dir / "video.mp4").exists()
 
-    subprocess.run([sys.executable, atari.__file__, "--resume", str(run_dir)], check=True, timeout=300)
+    games, reset = [], atari.AtariVectorEnv.reset
+
+    def spy(envs, seed):
+        games.append(list(seed))
+        return reset(envs, seed=seed)
+
+    monkeypatch.setattr(atari.AtariVectorEnv, "reset", spy)
+    monkeypatch.setattr(sys, "argv", [atari.__file__, "--resume", str(run_dir)])
+    atari.train(atari.parse_args())
+    assert games[-1] == games[-2] not in games[:-2]  # the film is of one game, seen twice
     result = json.loads((run_dir / "result.json").read_text())
     assert 0 <= result["eval_return_mean"] < 20 and result["global_step"] == 64
     assert (run_dir / "video.mp4").stat().st_size > 10_000

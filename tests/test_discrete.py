@@ -237,6 +237,15 @@ def test_environment_that_cannot_render(script):
     script.make_envs(tiny(script, env_id="ScriptedPlain-v0"), 2).close()
 
 
+def test_each_truncated_environment_gets_its_own_final_value(script):
+    args = tiny(script, env_id="Scripted-truncated-v0", num_envs=2, num_steps=4, norm_reward=False)
+    agent, _, episodes, rollout = start(script, args)
+    episodes.envs.envs[1].unwrapped.episode = 10
+    script.collect(agent, episodes, rollout, args)
+    with torch.no_grad():
+        torch.testing.assert_close(rollout.final_values[2], agent(torch.tensor([[0.3], [10.3]]))[1])
+
+
 def test_episodes_go_on_over_rollouts(script):
     args = tiny(script, env_id="Scripted-truncated-v0", num_envs=2, num_steps=2)
     agent, _, episodes, rollout = start(script, args)
@@ -331,6 +340,31 @@ def test_entropy_is_held_near_its_target(script):
         ends[target] = np.mean(entropies[-20:])
     assert abs(ends[0.6] - 0.6) < 0.06
     assert ends[None] < 0.4, ends
+
+
+def test_observations_are_normalised_by_what_the_run_saw(script, tmp_path, monkeypatch):
+    seen, update = [], script.update
+
+    def spy(agent, optimizer, rollout, *rest):
+        seen.append(rollout.obs[:-1].flatten(0, 1).clone())
+        return update(agent, optimizer, rollout, *rest)
+
+    monkeypatch.setattr(script, "update", spy)
+    args = tiny(script, total_timesteps=256, run_dir=str(tmp_path / "run"))
+    script.train(args)
+    rows, state = torch.cat(seen), checkpoint(tmp_path / "run")["agent"]
+    mean, var = rows.mean(0), rows.var(0, correction=0)
+    torch.testing.assert_close(state["obs_stats.mean"], mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(state["obs_stats.var"], var, rtol=1e-4, atol=1e-5)
+    agent, inputs = start(script, args)[0], []
+    agent.load_state_dict(state)
+    agent.encoder.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    agent(rows)
+    torch.testing.assert_close(inputs[0], ((rows - mean) / var.sqrt()).clamp(-10, 10), rtol=1e-3, atol=1e-4)
+
+    script.train(dataclasses.replace(args, norm_obs=False, run_dir=str(tmp_path / "raw")))
+    state = checkpoint(tmp_path / "raw")["agent"]
+    assert not state["obs_stats.mean"].any() and (state["obs_stats.var"] == 1).all()
 
 
 @pytest.mark.parametrize("where", ["advantages", "returns"])

@@ -104,6 +104,28 @@ def test_no_file_tells_of_this_machine(run_dir, exported, everything):
             assert not any(trace.encode() in record for record in records), path
 
 
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("batch", [1, 17, 256])
+@pytest.mark.parametrize("probe", [0, 1])
+def test_whatever_differs_from_pytorch_is_found(place, batch, probe, capsys):
+    exporter, what = load(ROOT / "export_policy.py"), ("logits", "value", "action")[place]
+    probes = [np.random.default_rng(i).normal(size=(256, 4)).astype(np.float32) for i in range(2)]
+
+    def right(obs):
+        return [obs[:, :2].copy(), obs.sum(1), obs[:, :2].argmax(1)]
+
+    def wrong(obs):
+        outputs = right(obs)
+        if len(obs) == batch and np.shares_memory(obs, probes[probe]):
+            outputs[place] = 1 - outputs[place]
+        return outputs
+
+    exporter.check_parity(right, {"file": right}, probes, None)
+    with pytest.raises(SystemExit, match="1"):
+        exporter.check_parity(right, {"file": wrong}, probes, None)
+    assert f"file: {what}" in capsys.readouterr().err
+
+
 def test_a_wrong_weight_does_not_pass(run_dir, tmp_path, monkeypatch, capsys):
     exporter = load(ROOT / "export_policy.py")
     right = exporter.export_onnx

@@ -264,6 +264,46 @@ def test_what_a_graph_captures_stays_on_its_device(trainer, monkeypatch):
     assert {x.device.type for x in metrics.values()} == {"meta"}
 
 
+# What the functions are given
+
+
+def test_advantages_are_of_what_was_played(trainer, tmp_path, monkeypatch):
+    """Both trainers give `compute_gae` every part of the rollout, gamma and lambda in their places."""
+    update, terminated = trainer.update, []
+
+    def spy(agent, optimizer, rollout, advantages, returns, *rest):
+        names = ("rewards", "values", "final_values", "terminated", "truncated")
+        expected = trainer.compute_gae(*(getattr(rollout, name) for name in names), 0.9, 0.7)
+        torch.testing.assert_close((advantages, returns), expected)
+        terminated.append(int(rollout.terminated.sum()))
+        return update(agent, optimizer, rollout, advantages, returns, *rest)
+
+    monkeypatch.setattr(trainer, "update", spy)
+    sizes = {"num_envs": 2, "num_steps": 128, "num_minibatches": 2, "total_timesteps": 512, "update_epochs": 1}
+    run = {"eval_episodes": 0, "cuda": False, "run_dir": str(tmp_path / "run")}
+    trainer.train(trainer.Args(gamma=0.9, gae_lambda=0.7, **sizes, **run))
+    assert len(terminated) == 2 and sum(terminated)
+
+
+def test_evaluation_samples_its_actions(trainer, monkeypatch):
+    generators, sample = [], trainer.sample
+
+    def spy(logits, generator=None):
+        generators.append(generator)
+        return sample(logits, generator)
+
+    def stop(envs, actions):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "sample", spy)
+    monkeypatch.setattr(trainer, "step", stop)
+    args = trainer.Args(seed=5)
+    agent = trainer.Agent(trainer.make_envs(args, 1))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.evaluate(agent, args, 1, torch.device("cpu"))
+    assert [generator.initial_seed() for generator in generators] == [5]
+
+
 # The twins
 
 

@@ -256,6 +256,17 @@ def test_a_signal_to_torchrun_ends_all_ranks_with_a_checkpoint(tmp_path):
     assert checkpoint(tmp_path / "run")["global_step"] == logged(tmp_path / "run", "losses/kl")[-1][0]
 
 
+def test_a_signal_to_one_rank_ends_all_with_a_checkpoint(tmp_path):
+    flags = f"{SMALL} --checkpoint-interval 2 --total-timesteps 100000000 --run-dir {tmp_path / 'run'}"
+    process, pids = start(tmp_path, DISCRETE, *flags.split())
+    os.kill(pids[1], signal.SIGTERM)
+    process.wait(timeout=60)
+    text = (tmp_path / "log").read_text()
+    assert "go on with --resume" in text and errors(text) == []
+    one, other = checkpoint(tmp_path / "run")["random"]
+    assert not torch.equal(one["torch"], other["torch"])
+
+
 def test_ranks_that_differ_are_found(tmp_path):
     """A rank whose parameters were changed by something else ends the job at the next checkpoint."""
     driver = tmp_path / "driver.py"

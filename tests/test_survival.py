@@ -121,9 +121,7 @@ def test_killed_25_times(tmp_path, script, iterations):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_a_checkpoint_of_the_last_step(tmp_path, number):
     process = start(DISCRETE, *f"{SMALL[DISCRETE]} --total-timesteps 100000000 --run-dir {tmp_path / 'run'}".split())
-    wait_for(tmp_path / "run" / "args.json", process)
-    while not lines(process.stdout.readline(), "CartPole-v1 on"):
-        pass
+    assert process.stdout.readline().startswith("CartPole-v1 on")
     time.sleep(1)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -135,11 +133,10 @@ def test_a_signal_ends_with_a_checkpoint_of_the_last_step(tmp_path, number):
 def test_a_second_signal_ends_at_once(tmp_path):
     flags = "--num-envs 64 --num-steps 16384 --update-epochs 50 --total-timesteps 100000000"  # minutes an iteration
     process = start(DISCRETE, *flags.split(), "--run-dir", tmp_path / "run")
-    while not lines(process.stdout.readline(), "CartPole-v1 on"):
-        pass
+    assert process.stdout.readline().startswith("CartPole-v1 on")
     time.sleep(1)
     process.terminate()
-    time.sleep(0.5)
+    time.sleep(1)
     assert process.poll() is None  # the first one waits for the iteration's end
     process.terminate()
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
@@ -154,6 +151,9 @@ def test_atari_resumes_everything_but_the_emulators(atari, tmp_path, monkeypatch
 
     def first_collect(agent, episodes, rollout, args, act):
         seen.update(agent=agent.state_dict(), random=atari.get_random_states(), episodes=episodes)
+
+    def first_update(agent, optimizer, rollout, advantages, returns, ent_coef, *rest):
+        seen.update(optimizer=optimizer.state_dict(), ent_coef=ent_coef, lr=float(optimizer.lr))
         raise SystemExit(7)
 
     class Report(atari.Report):
@@ -163,10 +163,14 @@ def test_atari_resumes_everything_but_the_emulators(atari, tmp_path, monkeypatch
 
     monkeypatch.setattr(atari, "Report", Report)
     monkeypatch.setattr(atari, "collect", first_collect)
+    monkeypatch.setattr(atari, "update", first_update)
     monkeypatch.setattr(sys, "argv", [str(ATARI), "--resume", str(tmp_path / "run"), "--total-timesteps", "128"])
     with pytest.raises(SystemExit, match="7"):
         atari.train(atari.parse_args())
     assert all(torch.equal(seen["agent"][k], saved["agent"][k]) for k in saved["agent"])
+    assert all(torch.equal(seen["optimizer"][k], saved["optimizer"][k]) for k in saved["optimizer"])
+    assert seen["ent_coef"] == saved["ent_coef"] != 0.01
+    assert seen["lr"] == pytest.approx(3e-4 / 4)  # the last of four iterations
     (saved_random,) = saved["random"]
     assert torch.equal(seen["random"]["torch"], saved_random["torch"])
     assert seen["random"]["python"] == saved_random["python"]
@@ -289,22 +293,18 @@ def test_arguments_of_a_wrong_type_in_the_run_folder(discrete, finished, tmp_pat
     assert err.count("\n") == 1 and "holds no run of this script" in err
 
 
-def test_one_process_a_run_folder(finished, tmp_path):
-    for path in finished.iterdir():
+@pytest.mark.parametrize("resumed", [False, True])
+def test_one_process_a_run_folder(finished, tmp_path, resumed):
+    for path in finished.iterdir() if resumed else ():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    flags = ["--resume", tmp_path, "--total-timesteps"]
-    first = start(DISCRETE, *flags, 100_000_000)
-    while len(list(tmp_path.glob("events*"))) < 2:
-        assert first.poll() is None
-        time.sleep(0.01)
-    second = start(DISCRETE, *flags, 200_000_000)
-    try:
-        out, err = second.communicate(timeout=60)
-    finally:
-        second.kill()
-        first.terminate()
+    how = ["--resume"] if resumed else [*SMALL[DISCRETE].split(), "--run-dir"]
+    first = start(DISCRETE, *how, tmp_path, "--total-timesteps", 100_000_000)
+    assert first.stdout.readline().startswith("CartPole-v1 on")
+    second = start(DISCRETE, "--resume", tmp_path, "--total-timesteps", 200_000_000)
+    out, err = second.communicate(timeout=60)
     assert second.returncode == 2 and out == ""
     assert err == f"error: another process trains in {tmp_path}: stop it, or choose another --run-dir\n"
+    first.terminate()
     assert first.wait(timeout=60) == 128 + signal.SIGTERM
 
 
