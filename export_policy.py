@@ -338,8 +338,10 @@ def describe_actions(envs) -> dict:
     """The environment's own number of action 0, and the names of all actions where it has them, else its numbers."""
     if hasattr(envs, "ale"):
         return {"first_action": 0, "action_meanings": [action.name for action in envs.ale.get_action_set()]}
-    env = envs.envs[0].unwrapped if hasattr(envs, "envs") else envs
-    space = env.action_space if hasattr(envs, "envs") else envs.single_action_space
+    env, space = envs, envs.single_action_space
+    if hasattr(envs, "envs"):
+        env = envs.envs[0].unwrapped
+        space = env.action_space
     first, names = int(space.start), getattr(env, "get_action_meanings", None)
     numbers = [str(first + n) for n in range(int(envs.single_action_space.n))]
     return {"first_action": first, "action_meanings": list(names()) if names else numbers}

@@ -330,6 +330,8 @@ def test_actions_count_from_the_environments_first():
         envs=[SimpleNamespace(unwrapped=SimpleNamespace(action_space=space))],
     )
     assert exporter.describe_actions(envs) == {"first_action": 1, "action_meanings": ["1", "2"]}
+    one = SimpleNamespace(single_action_space=space)  # a vector environment that is not made of others
+    assert exporter.describe_actions(one) == {"first_action": 1, "action_meanings": ["1", "2"]}
 
 
 IMPALA = """
