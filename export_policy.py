@@ -26,7 +26,7 @@ import time
 import traceback
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -187,14 +187,20 @@ def export_onnx(program: torch.export.ExportedProgram, names: list[str], metadat
     for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
         value.ClearField("metadata_props")
         value.ClearField("doc_string")
-    for key, value in sorted(metadata.items()):
-        model.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(model, full_check=True)
     for value in (*model.graph.input, *model.graph.output):
         if not value.type.tensor_type.shape.dim[0].dim_param:
             fail(f"ONNX: the batch of `{value.name}` is fixed: the network's forward depends on the batch size", 1)
     if max(entry.version for entry in model.opset_import if entry.domain == "") != OPSET:
         fail(f"ONNX: the exporter did not write opset {OPSET}", 1)
+    save_onnx(model, metadata, path)
+
+
+def save_onnx(model: onnx.ModelProto, metadata: dict[str, str], path: Path) -> None:
+    """The same bytes for the same model, with `metadata` and no other."""
+    del model.metadata_props[:]
+    for key, value in sorted(metadata.items()):
+        model.metadata_props.add(key=key, value=value)
     path.write_bytes(model.SerializeToString(deterministic=True))
 
 
@@ -208,26 +214,73 @@ def export_torchscript(policy: Policy, inputs: tuple[torch.Tensor, ...], path: P
                 file.writestr(zipfile.ZipInfo(name), records.read(name))
 
 
-def quantize_int8(path: Path, names: list[str], inputs: list[np.ndarray], to: Path) -> None:
-    """Static quantisation (QDQ) of the layers' weights and activations, calibrated on `inputs`."""
+def write(
+    name: str,
+    path: Path,
+    policy: Policy,
+    program: torch.export.ExportedProgram,
+    inputs: tuple[torch.Tensor, ...],
+    names: list[str],
+    metadata: dict[str, str],
+) -> None:
+    """One of `FILES`; a network that its writer does not take ends in one line."""
+    try:
+        with quiet():
+            if name == "onnx":
+                export_onnx(program, names, metadata, path)
+            elif name == "torchscript":
+                export_torchscript(policy, inputs, path)
+            else:
+                torch.export.save(program, path)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        fail(f"the network cannot be written as {name}, leave it out of --formats: {reason}", code=1)
+
+
+def quantize_int8(path: Path, names: list[str], inputs: list[np.ndarray], metadata: dict[str, str], to: Path) -> dict:
+    """Static quantisation (QDQ) of the layers' weights and activations, calibrated on a twentieth of `inputs`.
+
+    Returns, prints and keeps in the file how often its actions are those of `path`.
+    """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    rows = iter([dict(zip(names, row)) for row in zip(*(np.array_split(x, len(x) // 16) for x in inputs))])
+    parts = zip(*(np.array_split(x, len(x) // 16) for x in (x[::20] for x in inputs)))
+    rows = iter([dict(zip(names, part)) for part in parts])
 
     class Reader(quantization.CalibrationDataReader):
         def get_next(self):
             return next(rows, None)
 
-    quant_pre_process(str(path), str(to), skip_symbolic_shape=True)
-    quantization.quantize_static(
-        str(to),
-        str(to),
-        Reader(),
-        quant_format=quantization.QuantFormat.QDQ,
-        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
-        per_channel=True,
-    )
+    with quiet():
+        quant_pre_process(str(path), str(to), skip_symbolic_shape=True)
+        quantization.quantize_static(
+            str(to),
+            str(to),
+            Reader(),
+            quant_format=quantization.QuantFormat.QDQ,
+            op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+            per_channel=True,
+        )
+    agreement = float(np.mean(load_runtime(to)(*inputs)[2] == load_runtime(path)(*inputs)[2]))
+    verdict = "at least 95 %" if agreement >= 0.95 else "under 95 %"
+    cost = {"action_agreement": agreement, "observations": len(inputs[0]), "verdict": verdict}
+    save_onnx(onnx.load(to), metadata | {"int8": json.dumps(cost)}, to)
+    sizes = path.stat().st_size, to.stat().st_size
+    print(f"{to.name}: {agreement:.2%} of {len(inputs[0])} actions agree, {sizes[0]:,} -> {sizes[1]:,} bytes")
+    if agreement < 0.95:
+        print(f"warning: {to.name} agrees in under 95 % of its actions: not for use as it is", file=sys.stderr)
+    return cost
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Exporters print and warn about what no user can change."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
 
 
 def eager(module: nn.Module) -> Runtime:
@@ -248,8 +301,7 @@ def load_runtime(path: Path, threads: int = 1) -> Runtime:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [i.name for i in session.get_inputs()]
         return lambda *arrays: session.run(None, dict(zip(names, arrays)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with quiet():
         if path.suffix == ".pt2":
             return eager(torch.export.load(path).module())
         return eager(torch.jit.freeze(torch.jit.load(path)))
@@ -387,6 +439,23 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, at
     }
 
 
+def describe_graph(obs: torch.Tensor, num_actions: int, stochastic: bool) -> dict:
+    """Inputs and outputs of every file, and what wrote them."""
+    dtype = str(obs.dtype).removeprefix("torch.")
+    inputs = [{"name": "obs", "shape": ["batch", *obs.shape[1:]], "dtype": dtype}]
+    if stochastic:
+        inputs.append({"name": "uniform", "shape": ["batch", num_actions], "dtype": "float32"})
+    mode = "stochastic" if stochastic else "greedy"
+    outputs = [
+        {"name": "logits", "shape": ["batch", num_actions], "dtype": "float32"},
+        {"name": "value", "shape": ["batch"], "dtype": "float32"},
+        {"name": "action", "shape": ["batch"], "dtype": "int64", "mode": mode},
+    ]
+    packages = {p: importlib.metadata.version(p) for p in ("onnx", "onnxruntime", "numpy")}
+    versions = {"python": platform.python_version(), "torch": str(torch.__version__)} | packages
+    return {"inputs": inputs, "outputs": outputs, "opset": OPSET, "versions": versions}
+
+
 def export(args: Args) -> None:
     """Writes the files that were asked for and policy.json, all of them or none."""
     if args.evaluate < 0:
@@ -426,44 +495,17 @@ def export(args: Args) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export-") as folder:
             paths = {name: Path(folder) / FILES[name] for name in FILES if name in args.formats}
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                warnings.simplefilter("ignore")
-                for name, path in paths.items():
-                    try:
-                        if name == "onnx":
-                            export_onnx(program, names, metadata, path)
-                        elif name == "torchscript":
-                            export_torchscript(policy, two_rows, path)
-                        else:
-                            torch.export.save(program, path)
-                    except OSError:
-                        raise
-                    except Exception as error:
-                        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-                        fail(f"the network cannot be written as {name}, leave it out of --formats: {reason}", code=1)
+            for name, path in paths.items():
+                write(name, path, policy, program, two_rows, names, metadata)
             if "torchscript" in paths:
                 print("note: PyTorch deprecates TorchScript; torch-export is its successor, ONNX the widest supported")
             files = {path.name: load_runtime(path) for path in paths.values()}
             check_parity(eager(policy), files, probes(arrays[0], space), None if uniform is None else arrays[1])
 
             if args.quantize:
-                path = paths["int8"] = Path(folder) / INT8
-                with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-                    warnings.simplefilter("ignore")
-                    quantize_int8(paths["onnx"], names, [x[::20] for x in arrays], path)
-                files[INT8] = load_runtime(path)
-                agreement = float(np.mean(files[INT8](*arrays)[2] == files[FILES["onnx"]](*arrays)[2]))
-                good = "at least" if agreement >= 0.95 else "under"
-                model = onnx.load(path)
-                about["int8"] = {"action_agreement": agreement, "observations": len(obs), "verdict": f"{good} 95 %"}
-                del model.metadata_props[:]
-                for key, value in sorted((metadata | {"int8": json.dumps(about["int8"])}).items()):
-                    model.metadata_props.add(key=key, value=value)
-                path.write_bytes(model.SerializeToString(deterministic=True))
-                sizes = paths["onnx"].stat().st_size, path.stat().st_size
-                print(f"{INT8}: {agreement:.2%} of {len(obs)} actions agree, {sizes[0]:,} -> {sizes[1]:,} bytes")
-                if agreement < 0.95:
-                    print(f"warning: {INT8} agrees in under 95 % of its actions: not for use as it is", file=sys.stderr)
+                paths["int8"] = Path(folder) / INT8
+                about["int8"] = quantize_int8(paths["onnx"], names, arrays, metadata, paths["int8"])
+                files[INT8] = load_runtime(paths["int8"])
             if args.evaluate:
                 about["evaluation"] = {}
                 for name, runtime in ({"PyTorch": eager(policy)} | files).items():
@@ -474,27 +516,8 @@ def export(args: Args) -> None:
                 about["latency"] = latencies(policy, list(paths.values()), arrays)
                 print_table(about["latency"])
 
-            dtype = str(obs.dtype).removeprefix("torch.")
-            described = [{"name": "obs", "shape": ["batch", *obs.shape[1:]], "dtype": dtype}]
-            if args.stochastic:
-                described.append({"name": "uniform", "shape": ["batch", num_actions], "dtype": "float32"})
-            packages = {p: importlib.metadata.version(p) for p in ("onnx", "onnxruntime", "numpy")}
-            about |= {
-                "inputs": described,
-                "outputs": [
-                    {"name": "logits", "shape": ["batch", num_actions], "dtype": "float32"},
-                    {"name": "value", "shape": ["batch"], "dtype": "float32"},
-                    {
-                        "name": "action",
-                        "shape": ["batch"],
-                        "dtype": "int64",
-                        "mode": "stochastic" if args.stochastic else "greedy",
-                    },
-                ],
-                "opset": OPSET,
-                "versions": {"python": platform.python_version(), "torch": str(torch.__version__)} | packages,
-                "sha256": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in paths.values()},
-            }
+            about |= describe_graph(obs, num_actions, args.stochastic)
+            about["sha256"] = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths.values()}
             json_path = Path(folder) / "policy.json"
             json_path.write_text(json.dumps(about, indent=2) + "\n")
             for path in (*paths.values(), json_path):

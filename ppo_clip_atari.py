@@ -127,9 +127,6 @@ class Args:
     """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
     update_epochs: int = 4
     """K, passes over the rollout an iteration"""
-    noise_persistence: float = 0.0
-    """chance that a game draws its action with the random numbers of the step before, to explore in strokes of some
-    steps: Pong learns sooner with 0.7; 0 for fresh ones at every step"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
     norm_obs: bool = True
@@ -260,7 +257,7 @@ def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv
         fail(f"--env-id {args.env_id} is not known: {error}")
     if spec.vector_entry_point != "ale_py.vector_env:AtariVectorEnv":
         games = "ALE/<Game>-v5 or <Game>NoFrameskip-v4"
-        fail(f"--env-id {args.env_id} is not {games}: what is no Atari game, ppo_clip_discrete.py trains")
+        fail(f"--env-id {args.env_id} is not {games}: ppo_clip_discrete.py trains what is no Atari game")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     look = {"grayscale": False, "img_height": 210, "img_width": 160} if colour else {}
     return gym.make_vec(
@@ -308,7 +305,7 @@ class Rollout:
         pinned = device.type == "cuda"  # so that the two below cross the bus while the host goes on
         self.newest = torch.zeros((N, *picture), dtype=torch.uint8, pin_memory=pinned)  # frames, on the host
         self.host_history = torch.zeros((T + 1, N), dtype=torch.int64, pin_memory=pinned)
-        self.clocks = torch.zeros((T + 1, N, A), device=device).exponential_()  # (T+1, N, A) that draw the actions
+        self.clocks = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) that draw the actions, see `sample`
         self.actions = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # (T+1, N)
         self.log_probs = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) of pi_old, all actions
         self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old
@@ -317,19 +314,6 @@ class Rollout:
         self.returns = torch.zeros((T, N), device=device)  # (T, N) V^targ
         self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N) game over or a life lost
         self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
-
-    def draw_clocks(self, persistence: float) -> None:
-        """Random numbers of all actions to come (see `sample`), so that they depend on no order of play.
-
-        A game keeps its clocks from step to step with probability `persistence`, so that successive actions deviate
-        from the likeliest one alike (after Hollenstein et al. 2024, arXiv:2312.11091, whose policies are Gaussian).
-        """
-        before = self.clocks[-2].clone()  # of the last step that was played
-        self.clocks.exponential_()
-        if persistence > 0:
-            keep = torch.rand_like(self.values) < persistence
-            for t, clocks in enumerate(self.clocks):
-                before = clocks.copy_(torch.where(keep[t].unsqueeze(1), before, clocks))
 
     def observations(self, idx: torch.Tensor) -> torch.Tensor:
         """Stacks (B, 4, 84, 84) of the transitions `idx` (B,), counted t * N + n; black before a game's start."""
@@ -435,7 +419,7 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
     history = rollout.host_history.numpy()
     history[0] = 3  # the frames before the rollout are black where no game was yet
     final_obs = {}  # (t, n) of a truncated game -> its last observation
-    rollout.draw_clocks(args.noise_persistence)
+    rollout.clocks.exponential_()  # of all actions to come, so that they depend on no order of play
 
     def answer(group: int, t: int) -> None:
         """pi_old acts on what the games of `group` show at step t."""
@@ -773,7 +757,7 @@ def environments() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        fail(f"the environment died: {type(error).__name__}: {error}; the last checkpoint is intact", code=1)
+        fail(f"the environment died: {type(error).__name__}: {error}; checkpoints are intact", code=1)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -1084,7 +1068,6 @@ def check(args: Args) -> None:
         (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
         (0 < args.gamma <= 1, "--gamma must be above 0 and at most 1"),
         (0 <= args.gae_lambda <= 1, "--gae-lambda must be from 0 to 1"),
-        (0 <= args.noise_persistence < 1, "--noise-persistence must be at least 0 and below 1"),
         (0 < args.clip_coef < 1, "--clip-coef must be above 0 and below 1"),
         (0 <= args.ent_coef < inf, "--ent-coef must be 0 or more and finite"),
         (0 <= args.vf_coef < inf, "--vf-coef must be 0 or more and finite"),

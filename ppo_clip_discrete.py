@@ -728,7 +728,7 @@ def environments() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        fail(f"the environment died: {type(error).__name__}: {error}; the last checkpoint is intact", code=1)
+        fail(f"the environment died: {type(error).__name__}: {error}; checkpoints are intact", code=1)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

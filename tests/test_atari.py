@@ -179,7 +179,7 @@ def test_groups_play_what_one_group_plays(atari):
     """Some emulators work while the policy answers others: whoever comes first, the same is drawn and played."""
 
     def transitions(sizes, late):
-        args = tiny(atari, num_envs=4, num_steps=150, num_minibatches=1, noise_persistence=0.5)
+        args = tiny(atari, num_envs=4, num_steps=150, num_minibatches=1)
         groups = [Late(atari.make_envs(args, size), every) for size, every in zip(sizes, late)]
         torch.manual_seed(3)
         agent = atari.Agent(groups[0])
@@ -205,26 +205,26 @@ def test_groups_play_what_one_group_plays(atari):
     assert len(set(first_ended)) > 2 and first_ended == second_ended and sorted(ended) == sorted(first_ended)
 
 
-@pytest.mark.parametrize("persistence", [0.0, 0.7])
-def test_random_numbers_of_actions_persist(atari, persistence):
-    """In one state actions follow the softmax; from step to step a game keeps its own with the given probability."""
-    args = tiny(atari, num_envs=400, num_steps=4, noise_persistence=persistence)
-    envs = ScriptedGame([], 400)
+def test_actions_follow_the_softmax_and_are_drawn_anew(atari):
+    """In one state actions follow the softmax, and those of successive steps, also of rollouts, are independent."""
+    args = tiny(atari, num_envs=100, num_steps=4)
+    envs = ScriptedGame(([(0, False, False, False)] * 159 + [(0, True, False, True)]) * 2, 100)
     agent, rollout = atari.Agent(envs), atari.Rollout(args, envs, CPU)
+    episodes = atari.Episodes([envs], np.arange(100))
     logits = torch.tensor([0.5, 0.0, -0.5])
     agent.forward = lambda obs: (logits.expand(len(obs), 3), torch.zeros(len(obs)))
     torch.manual_seed(1)
     drawn = []
     for _ in range(80):
-        rollout.draw_clocks(persistence)
-        rows = [torch.cat([atari.act(agent, rollout, half) for half in row.view(2, 200)]) for row in rollout.idx]
-        drawn += rows[:-1]  # the last is not played
-    drawn = torch.stack(drawn)
+        atari.collect(agent, episodes, rollout, args)
+        drawn.append(rollout.actions[:-1].clone())  # the last is not played
+    drawn = torch.cat(drawn)
     probs = logits.softmax(-1)
     torch.testing.assert_close(torch.bincount(drawn.flatten()) / drawn.numel(), probs, atol=0.01, rtol=0)
-    same = (drawn[1:] == drawn[:-1]).float().mean().item()
-    assert same == pytest.approx(persistence + (1 - persistence) * float(probs.square().sum()), abs=0.01)
-    torch.testing.assert_close(rollout.log_probs[0], probs.log().expand(400, 3))
+    for steps in (1, 4):  # within a rollout and from one to the next
+        same = (drawn[steps:] == drawn[:-steps]).float().mean().item()
+        assert same == pytest.approx(float(probs.square().sum()), abs=0.015)
+    torch.testing.assert_close(rollout.log_probs[0], probs.log().expand(100, 3))
 
 
 @pytest.mark.parametrize("bf16", [False, True])
