@@ -49,17 +49,18 @@ import torch.nn.functional as F
 import tyro
 from gymnasium.utils import seeding
 from gymnasium.vector import AutoresetMode, SyncVectorEnv, VectorEnv
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-ENT_COEF_BOUNDS = (1e-5, 0.5)  # --target-entropy keeps c2 in these
-ENT_COEF_RATE = 0.5  # and moves log c2 by this much an iteration, times the share of the entropy that is missing
+ENT_COEF_BOUNDS = (1e-5, 0.5)  # range of c2 under --target-entropy
+ENT_COEF_RATE = 0.5  # step size of log c2 per iteration, times the relative shortfall 1 - entropy / target
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank under torchrun waits for the others
 
-# Down to `evaluate` it is the method; `train`, at the end, is Algorithm 1 of the paper. Between them stands what a run
-# needs besides: environments that die, ranks, files, the command line, signals, the log.
+# The method is everything down to `evaluate`, plus `train` at the end, Algorithm 1 of the paper. Between them lies the
+# infrastructure: environment errors, torchrun ranks, files, command line, signals, logging.
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Args:
     checkpoint_interval: int = 50
     """iterations between two checkpoints; there is always one at the end"""
     eval_episodes: int = 10
-    """whole games played after training, with sampled actions; 0 for none, as for an environment that never ends"""
+    """whole games played after training, with sampled actions; 0 for none (needed if episodes never end)"""
 
     # The environment
     env_id: str = "CartPole-v1"
@@ -96,7 +97,7 @@ class Args:
     num_envs: int = 64
     """N, environments that are played side by side"""
     num_steps: int = 32
-    """T, steps in each environment an iteration"""
+    """T, steps per environment and iteration"""
     total_timesteps: int = 100_000
     """environment steps of the whole run, over all environments"""
 
@@ -112,9 +113,9 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of generalised advantage estimation"""
     num_minibatches: int = 4
-    """minibatches an epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
+    """minibatches per epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
     update_epochs: int = 6
-    """K, passes over the rollout an iteration"""
+    """K, passes over the rollout per iteration"""
     norm_adv: bool = True
     """normalise the advantages in each minibatch"""
     norm_obs: bool = True
@@ -124,13 +125,13 @@ class Args:
     clip_coef: float = 0.1
     """epsilon, the clipping range of the ratio"""
     clip_vloss: bool = False
-    """clip the value's step too, as OpenAI's baselines do"""
+    """also clip the value update, as OpenAI's baselines do"""
     ent_coef: float = 0.0
     """c2, weight of the entropy bonus"""
     vf_coef: float = 1.0
     """c1, weight of the value loss"""
     max_grad_norm: float = 0.5
-    """longest gradient (global norm) that is not scaled down"""
+    """clip the gradient to this global norm"""
     target_kl: float | None = None
     """trust region: no update leaves mean KL(pi_old || pi) above this"""
     target_entropy: float | None = None
@@ -154,7 +155,7 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-def moments(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
     mean = all_mean(rows.mean(0))
     return mean, all_mean((rows - mean).square().mean(0))
@@ -176,11 +177,11 @@ class RunningStats(nn.Module):
         self.register_buffer("var", torch.ones(shape))
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
 
-    def update(self, rows: torch.Tensor) -> None:
-        """Takes in every rank's `rows` (n, *shape)."""
+    def update(self, rows: Tensor) -> None:
+        """Adds every rank's `rows` (n, *shape)."""
         mean, var = moments(rows.double())
         count = len(rows) * ranks()[1]
-        share = count / (self.count + count)  # of the new rows in all rows
+        share = count / (self.count + count)  # new rows / all rows
         delta = mean - self.mean
         self.var.copy_((1 - share) * self.var + share * var + share * (1 - share) * delta**2)
         self.mean += share * delta
@@ -208,7 +209,7 @@ class Agent(nn.Module):
         self.policy_head = layer_init(nn.Linear(hidden, int(envs.single_action_space.n)), std=0.01)
         self.value_head = layer_init(nn.Linear(hidden, 1), std=1.0)
 
-    def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         if self.one_hot:
             x = F.one_hot(obs - self.one_hot[0], self.one_hot[1]).float()
         else:
@@ -221,8 +222,8 @@ class Agent(nn.Module):
 class Replayable(gym.Wrapper):
     """Remembers how the current episode began and its actions: playing them again rebuilds an environment's state.
 
-    Exact for every environment whose only randomness is `np_random`, as Gymnasium's interface asks. Gives no infos,
-    which nothing here reads and `SyncVectorEnv` could not always batch.
+    Exact for every environment whose only randomness is `np_random`, as Gymnasium's interface asks. Drops the infos:
+    nothing here reads them, and `SyncVectorEnv` cannot batch all kinds.
     """
 
     def reset(self, *, seed=None, options=None):
@@ -240,24 +241,23 @@ class Replayable(gym.Wrapper):
         return {"start": json.dumps(self.start), "actions": torch.tensor(self.actions, dtype=torch.int64)}
 
     def load_state_dict(self, state: dict, obs: np.ndarray) -> bool:
-        """Plays the episode again; returns whether it came to `obs` (*shape) again."""
+        """Replays the episode; returns whether it ended up at `obs` (*shape) again."""
         self.unwrapped.np_random.bit_generator.state = json.loads(state["start"])
         try:
             reached, _ = self.reset()
             for action in state["actions"].numpy():
                 reached = self.step(action)[0]
-        except Exception:  # the episode took another course
+        except Exception:  # not reproducible
             return False
         return np.array_equal(np.asarray(reached, obs.dtype), obs, equal_nan=obs.dtype.kind == "f")
 
 
-def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> VectorEnv:
+def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
     """`num_envs` copies of `args.env_id` that reset within the step that ends an episode (SAME_STEP)."""
     if args.env_id.startswith("ALE/") or "NoFrameskip" in args.env_id:
         fail(f"--env-id {args.env_id} is an Atari game: train it with ppo_clip_atari.py")
 
     def make_env() -> gym.Env:
-        rendering = {} if render_mode is None else {"render_mode": render_mode}  # not every environment knows the word
         env = gym.make(args.env_id, disable_env_checker=True, **rendering)
         space = env.action_space
         if isinstance(space, gym.spaces.Discrete) and space.start != 0:  # the network counts actions from 0
@@ -266,13 +266,13 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> Vect
 
     try:
         env = make_env()
-        if render_mode is not None:
+        if rendering:
             env.reset()
             if not isinstance(env.render(), np.ndarray):
                 raise TypeError("render() gives no picture")
         env.close()
     except Exception as error:
-        film = " for --capture-video" * (render_mode is not None)
+        film = " for --capture-video" * bool(rendering)
         fail(f"--env-id {args.env_id} cannot be made{film}: {type(error).__name__}: {error}")
     if not isinstance(env.action_space, gym.spaces.Discrete):
         fail(f"--env-id {args.env_id} has the action space {env.action_space}: PPO-Clip here needs a Discrete one")
@@ -281,16 +281,16 @@ def make_envs(args: Args, num_envs: int, render_mode: str | None = None) -> Vect
         fail(f"--env-id {args.env_id} has the observation space {space}: a Box or Discrete one is needed")
     if len(space.shape) == 3 and space.dtype == np.uint8:
         fail(f"--env-id {args.env_id} gives images {space.shape}: copy ppo_clip_atari.py and change its make_envs")
-    with environments():  # one that is made once may not be made twice
+    with environments():  # the first copy was made, a later one may fail
         return SyncVectorEnv([make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def env_seeds(seed: int, stream: int, count: int) -> np.ndarray:
-    """`count` seeds of one stream (0 training, 1 evaluation, …) that no other seed or stream shares."""
-    return np.random.SeedSequence([seed, stream]).generate_state(count).astype(np.int64) >> 1
+    """`count` 31-bit seeds (ALE's are int32), independent for every `seed` and `stream` (0 training, 1 evaluation…)."""
+    return np.random.SeedSequence([seed, stream]).generate_state(count) >> 1
 
 
-def to_tensor(obs: np.ndarray, device: torch.device) -> torch.Tensor:
+def to_tensor(obs: np.ndarray, device: torch.device) -> Tensor:
     """Observations as the network takes them: (N,) int64 of a Discrete space, else (N, *shape) float32."""
     return torch.as_tensor(obs, dtype=torch.int64 if obs.ndim == 1 else torch.float32, device=device)
 
@@ -298,15 +298,15 @@ def to_tensor(obs: np.ndarray, device: torch.device) -> torch.Tensor:
 class Rollout:
     """Buffer of one iteration on the training device: row t holds what pi_old saw and did at step t.
 
-    Row T is where the rollout stops: its action is not played.
+    Row T is the state to bootstrap from: its action is not played.
     """
 
     def __init__(self, args: Args, envs: VectorEnv, device: torch.device):
         T, N, A = args.num_steps, args.local_envs, int(envs.single_action_space.n)
-        obs = to_tensor(envs.observation_space.sample(), torch.device("cpu"))
-        self.idx = torch.arange((T + 1) * N, device=device).view(T + 1, N)  # (T+1, N) a transition's number
+        obs = to_tensor(np.zeros(envs.observation_space.shape), torch.device("cpu"))
+        self.idx = torch.arange((T + 1) * N, device=device).view(T + 1, N)  # (T+1, N) flat index t * N + n
         self.obs = torch.zeros((T + 1, *obs.shape), dtype=obs.dtype, device=device)  # (T+1, N, *shape) raw
-        self.newest = torch.zeros(obs.shape, dtype=obs.dtype, pin_memory=device.type == "cuda")  # a step's, on the host
+        self.newest = torch.zeros(obs.shape, dtype=obs.dtype, pin_memory=device.type == "cuda")  # on the host
         self.actions = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # (T+1, N)
         self.log_probs = torch.zeros((T + 1, N, A), device=device)  # (T+1, N, A) of pi_old, all actions
         self.values = torch.zeros((T + 1, N), device=device)  # (T+1, N) V_old
@@ -316,7 +316,7 @@ class Rollout:
         self.terminated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
         self.truncated = torch.zeros((T, N), dtype=torch.bool, device=device)  # (T, N)
 
-    def observations(self, idx: torch.Tensor) -> torch.Tensor:
+    def observations(self, idx: Tensor) -> Tensor:
         """Observations (B, *shape) of the transitions `idx` (B,), counted t * N + n."""
         return self.obs.flatten(0, 1)[idx]
 
@@ -361,7 +361,7 @@ class Episodes:
         ]
 
     def load_state_dict(self, states: list[dict]) -> None:
-        """Plays every environment to where it stood; where one does not get there again, all restart their episodes."""
+        """Replays every environment's current episode; if one misses its saved state, all start new episodes."""
         obs = torch.stack([s["obs"] for s in states]).numpy()
         played = [e.load_state_dict(s["environment"], o) for e, s, o in zip(self.envs.envs, states, obs)]
         if not all(played):
@@ -377,14 +377,14 @@ class Episodes:
         self.envs.close()
 
 
-def sample(logits: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
-    """Actions (B,) drawn from softmax(logits), logits (B, A): the first of A exponential clocks to ring."""
+def sample(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Actions (B,) drawn from softmax(logits), logits (B, A), by the Gumbel-max trick: argmax p / Exp(1)."""
     return (logits.softmax(-1) / torch.empty_like(logits).exponential_(generator=generator)).argmax(-1)
 
 
 @torch.no_grad()
-def act(agent: Agent, rollout: Rollout, idx: torch.Tensor) -> torch.Tensor:
-    """pi_old's actions (n,) in the states `idx` (n,) of the rollout, kept there with log-probabilities and values."""
+def act(agent: Agent, rollout: Rollout, idx: Tensor) -> Tensor:
+    """pi_old's actions (n,) in the rollout's states `idx` (n,); stores them, log-probabilities and values there."""
     logits, values = agent(rollout.observations(idx))
     actions = sample(logits)
     rollout.actions.view(-1)[idx] = actions
@@ -427,17 +427,17 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
 
 
 def compute_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    final_values: torch.Tensor,
-    terminated: torch.Tensor,
-    truncated: torch.Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    final_values: Tensor,
+    terminated: Tensor,
+    truncated: Tensor,
     gamma: float,
     gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16).
 
-    All (T, N) but `values` (T+1, N); `final_values` counts only where truncated. Returns advantages and
+    All (T, N) but `values` (T+1, N); `final_values` is read only where truncated. Returns advantages and
     V^targ = A + V_old, both (T, N). A termination cuts the bootstrap; a truncation bootstraps the final observation's
     value; both cut the lambda-sum (Pardo et al. 2018, arXiv:1712.00378).
     """
@@ -452,16 +452,16 @@ def compute_gae(
 
 
 def ppo_clip_loss(
-    logits: torch.Tensor,
-    values: torch.Tensor,
-    actions: torch.Tensor,
-    old_log_probs: torch.Tensor,
-    old_values: torch.Tensor,
-    advantages: torch.Tensor,
-    returns: torch.Tensor,
-    ent_coef: torch.Tensor | float,
+    logits: Tensor,
+    values: Tensor,
+    actions: Tensor,
+    old_log_probs: Tensor,
+    old_values: Tensor,
+    advantages: Tensor,
+    returns: Tensor,
+    ent_coef: Tensor | float,
     args: Args,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """-L of PPO-Clip (Schulman et al. 2017, equations 7 and 9), to be minimised, and its metrics.
 
     `logits` and `old_log_probs` (B, A) with gradient only in the first, all else (B,). Entropy and KL(pi_old || pi) are
@@ -494,17 +494,17 @@ def ppo_clip_loss(
     return loss, metrics
 
 
-def categorical_kl(old_log_probs: torch.Tensor, log_probs: torch.Tensor) -> torch.Tensor:
+def categorical_kl(old_log_probs: Tensor, log_probs: Tensor) -> Tensor:
     """KL(pi_old || pi), exact, from log-probabilities (..., A)."""
     return (old_log_probs.exp() * (old_log_probs - log_probs)).sum(-1)
 
 
 class ClippedAdam(nn.Module):
-    """Adam (Kingma & Ba 2015, arXiv:1412.6980) on all parameters as one flat tensor, whose gradient's norm is clipped.
+    """Gradient clipping and Adam (Kingma & Ba 2015, arXiv:1412.6980) on all parameters as one flat tensor.
 
-    Every parameter of `agent` becomes a view of `weights` (P,), its `.grad` one of `gradient` (P,), which all ranks
-    average. From a gradient that is not finite on, parameters stay as they were: `found_inf` makes the fused Adam skip
-    its step, without a host sync. Calls the function behind `torch.optim.Adam`: that class imports PyTorch's compiler,
+    Every parameter of `agent` becomes a view of `weights` (P,), its `.grad` one of `gradient` (P,), which is averaged
+    over ranks. A non-finite gradient sets `found_inf`: fused Adam then skips this and all later steps of the update,
+    without a host sync. Calls the functional Adam, because the class `torch.optim.Adam` imports PyTorch's compiler,
     a second of every start.
     """
 
@@ -512,42 +512,29 @@ class ClippedAdam(nn.Module):
         super().__init__()
         params = list(agent.parameters())
         sizes = [p.numel() for p in params]
-        self.weights = torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in params])  # as they lie in memory
+        self.weights = torch.cat([p.detach().as_strided((p.numel(),), (1,)) for p in params])  # in memory order
         self.gradient = torch.zeros_like(self.weights)
         for p, weight, grad in zip(params, self.weights.split(sizes), self.gradient.split(sizes)):
             p.data, p.grad = (flat.as_strided(p.shape, p.stride()) for flat in (weight, grad))
         device = self.weights.device
         self.register_buffer("exp_avg", torch.zeros_like(self.weights))
         self.register_buffer("exp_avg_sq", torch.zeros_like(self.weights))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.float32, device=device))  # whatever the weights are
-        self.lr = torch.tensor(args.learning_rate, device=device)  # so that a captured step reads the current one
+        self.register_buffer("steps", torch.zeros((), dtype=torch.float32, device=device))  # also for float64 weights
+        self.lr = torch.tensor(args.learning_rate, device=device)  # a tensor: CUDA graphs read its current value
         self.max_grad_norm = args.max_grad_norm
         self.found_inf = torch.zeros((), dtype=torch.float32, device=device)
 
-    def descend(self, loss: torch.Tensor) -> torch.Tensor:
+    def descend(self, loss: Tensor) -> Tensor:
         """One step down the gradient of `loss`; returns the gradient's norm before clipping."""
         self.gradient.zero_()
         loss.backward()
         norm = all_mean(self.gradient).norm()
         self.gradient *= (self.max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
         self.found_inf.copy_(torch.maximum(self.found_inf, (~norm.isfinite()).float()))
-        adam(
-            [self.weights],
-            [self.gradient],
-            [self.exp_avg],
-            [self.exp_avg_sq],
-            [],
-            [self.steps],
-            fused=True,
-            found_inf=self.found_inf,
-            amsgrad=False,
-            beta1=0.9,
-            beta2=0.999,
-            lr=self.lr,
-            weight_decay=0.0,
-            eps=1e-5,
-            maximize=False,
-        )
+        tensors = [[x] for x in (self.weights, self.gradient, self.exp_avg, self.exp_avg_sq)]
+        options = {"lr": self.lr, "beta1": 0.9, "beta2": 0.999, "eps": 1e-5, "weight_decay": 0.0}
+        options |= {"fused": True, "found_inf": self.found_inf, "amsgrad": False, "maximize": False}
+        adam(*tensors, [], [self.steps], **options)
         return norm
 
 
@@ -555,50 +542,42 @@ def learn(
     agent: Agent,
     optimizer: ClippedAdam,
     rollout: Rollout,
-    idx: torch.Tensor,
-    advantages: torch.Tensor,
-    ent_coef: torch.Tensor,
+    idx: Tensor,
+    advantages: Tensor,
+    ent_coef: Tensor,
     args: Args,
-) -> dict[str, torch.Tensor]:
+) -> dict[str, Tensor]:
     """One gradient step on the transitions `idx` (B,) with normalised `advantages` (B,). Returns the metrics."""
     logits, values = agent(rollout.observations(idx))
-    loss, metrics = ppo_clip_loss(
-        logits,
-        values,
-        rollout.actions.view(-1)[idx],
-        rollout.log_probs.flatten(0, 1)[idx],
-        rollout.values.view(-1)[idx],
-        advantages,
-        rollout.returns.view(-1)[idx],
-        ent_coef,
-        args,
-    )
+    old = (x.flatten(0, 1)[idx] for x in (rollout.actions, rollout.log_probs, rollout.values))
+    returns = rollout.returns.flatten()[idx]
+    loss, metrics = ppo_clip_loss(logits, values, *old, advantages, returns, ent_coef, args)
     return metrics | {"grad_norm": optimizer.descend(loss), "finite": 1 - optimizer.found_inf}
 
 
-def normalise(advantages: torch.Tensor) -> torch.Tensor:
+def normalise(advantages: Tensor) -> Tensor:
     """Each minibatch, a row of `advantages` (M, B), with mean 0 and standard deviation 1 over all ranks' rows."""
     mean, variance = moments(advantages.T)
     count = advantages.shape[1] * ranks()[1]
-    return (advantages - mean.unsqueeze(1)) / ((variance * count / (count - 1)).sqrt() + 1e-8).unsqueeze(1)
+    std = (variance * count / (count - 1)).sqrt()
+    return (advantages - mean[:, None]) / (std[:, None] + 1e-8)
 
 
 def update(
     agent: Agent,
     optimizer: ClippedAdam,
     rollout: Rollout,
-    advantages: torch.Tensor,
-    returns: torch.Tensor,
+    advantages: Tensor,
+    returns: Tensor,
     ent_coef: float,
     args: Args,
     learn: Callable = learn,
 ) -> tuple[dict[str, float], float]:
     """Phase 2: K epochs of minibatches drawn uniformly without replacement. Returns mean metrics and the next c2.
 
-    A gradient that is not finite leaves the parameters as they were from there on, and the metric `finite` below 1.
+    A non-finite gradient freezes the parameters for the rest of the update and leaves the metric `finite` below 1.
     """
-    old_values = rollout.values[:-1].clone()
-    advantages, minibatches = advantages.flatten(), (args.num_minibatches, -1)
+    advantages = advantages.flatten()
     rollout.returns.copy_(returns)
     optimizer.found_inf.zero_()
     c2 = torch.tensor(ent_coef, device=advantages.device)
@@ -606,7 +585,7 @@ def update(
     trust_region = {}
     for _ in range(args.update_epochs):
         before = optimizer.weights.clone() if args.target_kl is not None else None
-        order = torch.randperm(len(advantages), device=advantages.device).view(minibatches)
+        order = torch.randperm(len(advantages), device=advantages.device).view(args.num_minibatches, -1)
         shuffled = normalise(advantages[order]) if args.norm_adv else advantages[order]
         for idx, minibatch_advantages in zip(order, shuffled):
             metrics = learn(agent, optimizer, rollout, idx, minibatch_advantages, c2, args)
@@ -615,7 +594,7 @@ def update(
             trust_region = backtrack(agent, optimizer.weights, before, rollout, args)
             if trust_region["step_fraction"] < 1.0:
                 break
-    explained = 1 - moments((returns - old_values).flatten())[1] / moments(returns.flatten())[1]
+    explained = 1 - moments((returns - rollout.values[:-1]).flatten())[1] / moments(returns.flatten())[1]
     means = torch.cat([all_mean(torch.stack(history).mean(0)), explained.unsqueeze(0)]).tolist()
     metrics = dict(zip([*metrics, "explained_variance"], means)) | trust_region
     if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
@@ -625,9 +604,7 @@ def update(
 
 
 @torch.no_grad()
-def backtrack(
-    agent: Agent, weights: torch.Tensor, before: torch.Tensor, rollout: Rollout, args: Args
-) -> dict[str, float]:
+def backtrack(agent: Agent, weights: Tensor, before: Tensor, rollout: Rollout, args: Args) -> dict[str, float]:
     """Halves the epoch's step from `before` (P,) to `weights` (P,) until mean KL(pi_old || pi) <= target_kl.
 
     TRPO's line search (Schulman et al. 2015, arXiv:1502.05477, appendix C). Returns the KL over the whole batch and the
@@ -635,8 +612,8 @@ def backtrack(
     """
     after = weights.clone()
     old_log_probs = rollout.log_probs[:-1].flatten(0, 1)
-    minibatches = torch.arange(len(old_log_probs), device=old_log_probs.device).view(args.num_minibatches, -1)
-    for fraction in [1.0, *(0.5**k for k in range(1, 11)), 0.0]:
+    minibatches = rollout.idx[:-1].view(args.num_minibatches, -1)
+    for fraction in [*(0.5**k for k in range(11)), 0.0]:
         weights.copy_(before.lerp(after, fraction))
         kls = []
         for idx in minibatches:
@@ -649,11 +626,11 @@ def backtrack(
 
 
 class Graph:
-    """`function` as one CUDA graph: launching its many small kernels takes longer than running them.
+    """`function` as one CUDA graph, because launching its many small kernels takes longer than running them.
 
-    The first calls run it as it is, on a side stream, as capturing asks (PyTorch's notes on CUDA graphs); then its
-    kernels are recorded once and replayed on the same memory, random numbers going on. Tensors are copied in, all
-    other arguments must stay the same; the next call overwrites the result.
+    Three warm-up calls run eagerly on a side stream, as capture requires (PyTorch's notes on CUDA graphs); the fourth
+    records the kernels, and from then on they are replayed on the same memory, with fresh random numbers. Tensor
+    arguments are copied in, all others must not change; each call overwrites the last result.
     """
 
     def __init__(self, function: Callable):
@@ -663,9 +640,9 @@ class Graph:
     def __call__(self, *inputs: Any) -> Any:
         self.calls += 1
         if self.calls == 1:
-            self.inputs = [x.clone() if isinstance(x, torch.Tensor) else x for x in inputs]
+            self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
         for mine, given in zip(self.inputs, inputs):
-            if isinstance(mine, torch.Tensor):
+            if isinstance(mine, Tensor):
                 mine.copy_(given)
         if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -716,7 +693,7 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
     envs.close()
 
 
-def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
+def step(envs: VectorEnv, actions: Tensor) -> tuple:
     """`envs.step` with actions (N,) from any device."""
     with environments():
         return envs.step(actions.cpu().numpy())
@@ -724,11 +701,19 @@ def step(envs: VectorEnv, actions: torch.Tensor) -> tuple:
 
 @contextlib.contextmanager
 def environments() -> Iterator[None]:
-    """An environment that dies ends the run with its own message."""
+    """An exception in an environment ends the run with a one-line error."""
     try:
         yield
     except Exception as error:
         fail(f"the environment died: {type(error).__name__}: {error}; checkpoints are intact", code=1)
+
+
+def say(line: str) -> None:
+    """Prints `line`; a terminal or pipe that is gone does not end the run."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fail(message: str, code: int = 2) -> NoReturn:
@@ -739,7 +724,7 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def ranks() -> tuple[int, int]:
     """This process's rank and the number of ranks that torchrun started: (0, 1) without it."""
-    if not dist.is_torchelastic_launched():  # other launchers give the same names to what they start
+    if not dist.is_torchelastic_launched():  # other launchers set RANK and WORLD_SIZE too
         return 0, 1
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -748,13 +733,14 @@ def start_ranks(args: Args) -> torch.device:
     """This rank's device; joins the other ranks where torchrun started any (NCCL between GPUs, gloo between CPUs)."""
     on_gpu = args.cuda and torch.cuda.is_available()
     if on_gpu:
-        local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        local_rank = int(os.environ["LOCAL_RANK"]) if dist.is_torchelastic_launched() else 0
+        gpus = torch.cuda.device_count()
         if local_rank >= gpus:
             fail(f"--nproc-per-node asks for more ranks than this machine's {gpus} GPUs: lower it or add --no-cuda")
         torch.cuda.set_device(local_rank)
     if dist.is_torchelastic_launched():
         store, rank, world = next(rendezvous("env://"))
-        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # not a dead start's addresses
+        store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # no addresses of a dead attempt
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=RANK_TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
@@ -762,14 +748,14 @@ def start_ranks(args: Args) -> torch.device:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """Around what all ranks do at once: a rank that is gone or hangs ends the others in one line."""
+    """Wraps a collective: a rank that died or hangs ends the others with a one-line error."""
     try:
         yield
     except RuntimeError as error:
         fail(f"rank {ranks()[0]} waited in vain for the other ranks: {error}", code=1)
 
 
-def all_mean(x: torch.Tensor) -> torch.Tensor:
+def all_mean(x: Tensor) -> Tensor:
     """Mean of `x` over all ranks, in place."""
     if dist.is_initialized():
         with together():
@@ -793,10 +779,10 @@ def from_rank_0(function: Callable[[], Any]) -> Any:
 
 
 def leave_ranks() -> None:
-    """Ends the work of all ranks at once.
+    """Leaves the process group, all ranks together.
 
-    gloo's threads live on, and one that lets go of a Python tensor while Python ends aborts the process: until all meet
-    here, the last tensor is gone.
+    gloo's threads keep running, and one that frees a Python tensor during interpreter shutdown aborts the process: by
+    the time the barrier returns, every such tensor is freed.
     """
     if dist.is_initialized():
         with together():
@@ -805,12 +791,12 @@ def leave_ranks() -> None:
 
 
 def digest(agent: nn.Module) -> str:
-    """sha256 of all parameters and statistics: the ranks' must be the same."""
+    """sha256 of all parameters and statistics, which must agree on all ranks."""
     return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in agent.state_dict().values())).hexdigest()
 
 
 def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
-    """All of the file or nothing, also when the machine dies; the file before is kept as `keep`."""
+    """Writes atomically and durably, even across a power cut; the previous file is kept as `keep`."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -825,26 +811,24 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
         os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
         how = f"--resume {path.parent}" if (path.parent / "args.json").exists() else "start again"
-        fail(f"cannot write {path}: {error.strerror}; mend that and {how}", code=1)
+        fail(f"cannot write {path}: {error.strerror}; fix that, then {how}", code=1)
 
 
 def save_checkpoint(run_dir: Path, state: dict) -> None:
     """Writes `state` (plain types only) with its sha256 as the last 32 bytes; keeps the checkpoint before."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    data = buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
-    write_file(run_dir / "checkpoint.pt", data, keep=run_dir / "checkpoint.prev.pt")
+    data = buffer.getvalue()
+    write_file(run_dir / "checkpoint.pt", data + hashlib.sha256(data).digest(), run_dir / "checkpoint.prev.pt")
 
 
 def load_checkpoint(run_dir: Path) -> dict | None:
-    """The newest good checkpoint, None where none was written yet. Never runs code that a file may hold."""
+    """The newest good checkpoint, or None if none was written yet. Never runs code from the file."""
     (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
     damaged = []
-    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"):
-        if not path.exists():
-            continue
+    for path in filter(Path.exists, (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt")):
         try:
             data = path.read_bytes()
             if hashlib.sha256(data[:-32]).digest() != data[-32:]:
@@ -856,7 +840,7 @@ def load_checkpoint(run_dir: Path) -> dict | None:
             damaged.append(path.name)
             print(f"warning: {path} is damaged: {' '.join(str(error).split())[:80]}", file=sys.stderr)
             continue
-        for name in damaged:  # or the next checkpoint would keep it as the one before, in place of this good one
+        for name in damaged:  # or the next save would rotate it over this good one
             os.replace(run_dir / name, run_dir / f"{name}.damaged")
         return state
     if damaged:
@@ -867,7 +851,7 @@ def load_checkpoint(run_dir: Path) -> dict | None:
 def seed_all(seed: int) -> None:
     """Seeds every global random number generator."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -885,14 +869,14 @@ def get_random_states() -> dict:
 def set_random_states(state: dict) -> None:
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
-    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    np.random.set_state((kind, keys.numpy(), *rest))
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_initialized():
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def take(run_dir: Path) -> Path:
-    """Keeps the run folder for this process until it ends: two that train in one would mix their checkpoints."""
+def lock_run_dir(run_dir: Path) -> Path:
+    """Locks the run folder until this process ends: two runs in one folder would mix their checkpoints."""
     try:
         lock = os.open(run_dir / ".lock", os.O_CREAT | os.O_RDWR)
     except OSError as error:
@@ -933,8 +917,8 @@ def open_run(args: Args) -> Path:
                 write_file(snapshot, source, keep=snapshot.with_suffix(f".{len(starts)}.py"))
         else:
             run_dir.mkdir(parents=True, exist_ok=True)
-            take(run_dir)
-            other = snapshot.exists() and snapshot.read_bytes() != source  # never lose a file of one's own
+            lock_run_dir(run_dir)
+            other = snapshot.exists() and snapshot.read_bytes() != source  # a user's own file: keep it
             if other or record_path.exists() or (run_dir / "checkpoint.pt").exists():
                 fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
             write_file(snapshot, source)
@@ -980,16 +964,16 @@ def cli(default: Args) -> Args:
 
 
 def parse_args() -> Args:
-    """The command line, checked; beside --resume, the run's own arguments."""
+    """The checked command line; with --resume, the run's own arguments."""
     args = cli(Args())
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
-    nameless = os.environ.get("TORCHELASTIC_RUN_ID") == "none"  # as every job without a name is called
+    nameless = os.environ.get("TORCHELASTIC_RUN_ID") == "none"  # torchrun's default job id
     if nameless and args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        fail("--max-restarts needs --standalone or --rdzv-id beside it: by its name a restart knows the job's own run")
+        fail("--max-restarts needs --standalone or --rdzv-id: a restart recognises its run by the job's id")
     if restarted and args.run_dir:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # no run, or what never was one
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # no run yet, or not a run folder
             job = json.loads((Path(args.run_dir) / "args.json").read_text()).get("job")
-            if job == os.environ["TORCHELASTIC_RUN_ID"]:  # goes on with what it began, never with another job's run
+            if job == os.environ["TORCHELASTIC_RUN_ID"]:  # resume this job's own run, never another's
                 args = dataclasses.replace(args, resume=args.run_dir)
     if args.resume:
         try:
@@ -999,41 +983,31 @@ def parse_args() -> Args:
             fail(f"--resume {args.resume} holds no run of this script: {error}")
         saved = dataclasses.replace(saved, resume=args.resume, run_dir=args.run_dir if restarted else None)
         args = cli(saved)
-        for field in dataclasses.fields(Args):
-            old, new = getattr(saved, field.name), getattr(args, field.name)
-            if old != new and field.name != "cuda" and not (field.name == "total_timesteps" and new > old):
-                fail(f"--{field.name.replace('_', '-')} {new} contradicts the run's {old}: leave it out or start anew")
+        for name, old in dataclasses.asdict(saved).items():
+            new = getattr(args, name)
+            if old != new and name != "cuda" and not (name == "total_timesteps" and new > old):
+                fail(f"--{name.replace('_', '-')} {new} contradicts the run's {old}: leave it out or start anew")
     check(args)
     return args
 
 
 def check(args: Args) -> None:
     """Ends with one line where an argument cannot work."""
-    inf, world = math.inf, ranks()[1]
+    inf, world, batch_size, M = math.inf, ranks()[1], args.batch_size, args.num_minibatches
     rules = [
         (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
         (args.checkpoint_interval >= 1, "--checkpoint-interval must be at least 1"),
         (args.eval_episodes >= 0, "--eval-episodes must be 0 or more"),
         (args.num_envs >= 1, "--num-envs must be at least 1"),
         (args.num_steps >= 1, "--num-steps must be at least 1"),
-        (args.batch_size <= 2**20, "--num-envs times --num-steps must be at most 2^20 transitions"),
-        (args.num_minibatches >= 1, "--num-minibatches must be at least 1"),
+        (batch_size <= 2**20, "--num-envs times --num-steps must be at most 2^20 transitions"),
+        (M >= 1 and batch_size % M == 0, f"--num-minibatches {M} must divide num_envs * num_steps = {batch_size}"),
+        (batch_size >= 2 * M, "a minibatch needs at least 2 transitions: raise --num-envs or lower --num-minibatches"),
         (
-            args.num_minibatches >= 1 and args.batch_size % args.num_minibatches == 0,
-            f"--num-minibatches {args.num_minibatches} must divide num_envs * num_steps = {args.batch_size}",
-        ),
-        (
-            args.num_minibatches >= 1 and args.minibatch_size >= 2,
-            "a minibatch needs at least 2 transitions: lower --num-minibatches or raise --num-envs or --num-steps",
-        ),
-        (
-            args.num_envs % world == 0 and args.batch_size // world % max(args.num_minibatches, 1) == 0,
+            args.num_envs % world == 0 and batch_size // world % max(M, 1) == 0,
             f"--num-envs and the minibatch size, num_envs * num_steps / num_minibatches, must divide by {world} ranks",
         ),
-        (
-            args.total_timesteps >= args.batch_size,
-            f"--total-timesteps must be at least one rollout, num_envs * num_steps = {args.batch_size}",
-        ),
+        (args.total_timesteps >= batch_size, f"--total-timesteps must be at least one rollout, {batch_size} steps"),
         (args.update_epochs >= 1, "--update-epochs must be at least 1"),
         (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
         (0 < args.final_temperature < inf, "--final-temperature must be above 0 and finite"),
@@ -1045,10 +1019,8 @@ def check(args: Args) -> None:
         (0 < args.max_grad_norm < inf, "--max-grad-norm must be above 0 and finite"),
         (args.target_kl is None or 0 < args.target_kl < inf, "--target-kl must be above 0 and finite"),
         (args.target_entropy is None or 0 < args.target_entropy < inf, "--target-entropy must be above 0 and finite"),
-        (
-            not args.track or importlib.util.find_spec("wandb"),
-            "--track needs Weights & Biases: pip install wandb",
-        ),
+        (not args.track or importlib.util.find_spec("wandb"), "--track needs `pip install wandb`"),
+        (not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video needs `pip install moviepy`"),
     ]
     for holds, message in rules:
         if not holds:
@@ -1056,18 +1028,20 @@ def check(args: Args) -> None:
 
 
 def catch_signals() -> list[int]:
-    """A list that SIGTERM, SIGINT and SIGHUP enter; a later one does not wait for the iteration's end.
+    """Returns a list that collects SIGTERM, SIGINT and SIGHUP; a second signal ends the process at once.
 
-    What the run was started to ignore, as nohup has it ignore SIGHUP, it ignores. One that follows within half a second
-    is torchrun passing on what the terminal sent to all processes.
+    Signals that are ignored at start, such as SIGHUP under nohup, stay ignored. A second one within half a second does
+    not count: it is torchrun forwarding what the terminal already sent to every process.
     """
     caught: list[int] = []
-    first = [0.0]
+    first = 0.0
 
     def catch(number: int, _: Any) -> None:
-        if caught and time.time() - first[0] > 0.5:
+        nonlocal first
+        if not caught:
+            first = time.time()
+        elif time.time() - first > 0.5:
             os._exit(128 + number)
-        first[0] = first[0] if caught else time.time()
         caught.append(number)
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -1077,17 +1051,16 @@ def catch_signals() -> list[int]:
 
 
 class Report:
-    """What a run tells while it trains: TensorBoard (CleanRL's tags), a progress bar, or lines where no terminal is."""
+    """Progress of a run: TensorBoard (CleanRL's tags) and a progress bar, or plain lines without a terminal."""
 
     def __init__(self, args: Args, run_dir: Path, global_step: int, timed: list, recent: list):
         self.total = args.num_iterations * args.batch_size
         self.timed = timed  # [steps, seconds] that SPS counts
         self.recent: deque[float] = deque(recent, maxlen=100)  # scores of the last episodes
-        self.skip = 2  # iterations that warm up, not counted
+        self.skip = 2  # warm-up iterations that SPS leaves out
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
-        threading.excepthook = lambda error: None  # the writer's thread: `iteration` meets its error and tells it
-        self.terminal = sys.stdout.isatty()
-        self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=not self.terminal)
+        threading.excepthook = lambda error: None  # the writer's thread: its errors resurface in `iteration`
+        self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=None)
         self.tick = self.last_line = time.time()
 
     def iteration(self, global_step: int, charts: dict, losses: dict, ended: list[tuple[float, int]]) -> None:
@@ -1104,10 +1077,9 @@ class Report:
         if self.recent:
             charts["episodic_return_100"] = np.mean(self.recent)
         try:
-            for tag, value in charts.items():
-                self.writer.add_scalar(f"charts/{tag}", value, global_step)
-            for tag, value in losses.items():
-                self.writer.add_scalar(f"losses/{tag}", value, global_step)
+            for group, values in (("charts", charts), ("losses", losses)):
+                for tag, value in values.items():
+                    self.writer.add_scalar(f"{group}/{tag}", value, global_step)
             self.writer.flush()
         except OSError as error:
             fail(f"cannot write the TensorBoard log in {self.writer.log_dir}: {error.strerror}", code=1)
@@ -1118,13 +1090,10 @@ class Report:
         if self.recent:
             line += f"  return {charts['episodic_return_100']:.1f}"
             self.bar.set_postfix({"return": f"{charts['episodic_return_100']:.1f}"}, refresh=False)
-        try:
-            self.bar.update(global_step - self.bar.n)
-            if not self.terminal and (now - self.last_line > 10 or global_step == self.total):
-                self.last_line = now
-                print(line, flush=True)
-        except OSError:  # the terminal or the pipe is gone: the run goes on without
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        self.bar.update(global_step - self.bar.n)
+        if self.bar.disable and (now - self.last_line > 10 or global_step == self.total):
+            self.last_line = now
+            say(line)
 
     def close(self) -> None:
         self.bar.close()
@@ -1133,12 +1102,10 @@ class Report:
 
 def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, seconds: float, report: Report) -> None:
     """Evaluates, writes result.json and films a game."""
-    for number in (signal.SIGTERM, signal.SIGINT):  # nothing is left to lose
-        signal.signal(number, lambda n, _: os._exit(128 + n))
     started = time.time()
     scores = []
     if args.eval_episodes:
-        print(f"evaluating over {args.eval_episodes} whole episodes", flush=True)
+        say(f"evaluating over {args.eval_episodes} whole episodes")
         scores = evaluate(agent, args, args.eval_episodes, device)
     result = {
         "eval_return_mean": float(np.mean(scores)) if scores else None,
@@ -1152,10 +1119,10 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, second
     }
     write_file(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     if scores:
-        print(f"evaluation: mean return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {len(scores)} episodes")
+        say(f"evaluation: mean return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {len(scores)} episodes")
     if args.capture_video:
         record_video(agent, args, run_dir / "video.mp4", device)
-        print(f"video: {run_dir / 'video.mp4'}")
+        say(f"video: {run_dir / 'video.mp4'}")
 
 
 def train(args: Args) -> None:
@@ -1163,12 +1130,12 @@ def train(args: Args) -> None:
     started = time.time()
     device = start_ranks(args)
     rank, world = ranks()
-    seed_all(args.seed)  # every rank makes the same network
+    seed_all(args.seed)  # same initial network on every rank
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(1)  # the network is too small to share between cores
 
     if args.capture_video:
-        make_envs(args, 1, render_mode="rgb_array").close()  # says before the training what would end the film
+        make_envs(args, 1, render_mode="rgb_array").close()  # fail now, not after training
     envs = make_envs(args, args.local_envs)
     agent = Agent(envs).to(device)
     rollout = Rollout(args, envs, device)
@@ -1176,53 +1143,46 @@ def train(args: Args) -> None:
     mine = slice(rank * args.local_envs, (rank + 1) * args.local_envs)  # this rank's environments
     episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs)[mine])
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
-    done, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # of earlier starts: iterations, wall time, see Report
+    resumed, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # iterations, wall time, SPS and scores of earlier starts
 
-    state = from_rank_0(lambda: load_checkpoint(take(Path(args.resume)))) if args.resume else None
+    state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
     if state is not None:
         try:
             agent.load_state_dict(state["agent"])
             optimizer.load_state_dict(state["optimizer"])
             episodes.load_state_dict(state["episodes"][mine])
-            done, seconds, timed, recent, ent_coef = (
+            resumed, seconds, timed, recent, ent_coef = (
                 state[k] for k in ("iteration", "seconds", "timed", "recent", "ent_coef")
             )
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             fail(f"the checkpoint in {args.resume} is not of this script and environment: {error}")
     run_dir = from_rank_0(lambda: open_run(args))
     agent.load_state_dict(from_rank_0(lambda: {name: x.cpu() for name, x in agent.state_dict().items()}))
-    seed_all(int(env_seeds(args.seed, 3 + done, world)[rank]))  # from here on every rank draws its own numbers
+    seed_all(int(env_seeds(args.seed, 3 + resumed, world)[rank]))  # from here on each rank has its own random stream
     if state is not None and len(state["random"]) == world:
         set_random_states(state["random"][rank])
     if rank == 0:
         where = f"{world} x {device.type}" if world > 1 else str(device)
-        print(f"{args.env_id} on {where}, {run_dir}" + f", from step {done * args.batch_size}" * (done > 0), flush=True)
+        say(f"{args.env_id} on {where}, {run_dir}" + f", from step {resumed * args.batch_size}" * (resumed > 0))
         start_wandb(args, run_dir)
-        report = Report(args, run_dir, done * args.batch_size, timed, recent)
+        report = Report(args, run_dir, resumed * args.batch_size, timed, recent)
     stop_signals = catch_signals()
     play, estimate, climb = map(Graph if device.type == "cuda" else lambda f: f, (act, compute_gae, learn))
 
-    for iteration in range(done + 1, args.num_iterations + 1):
+    for iteration in range(resumed + 1, args.num_iterations + 1):
         lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1)
         optimizer.lr.fill_(lr)
-        # its inverse rises with the square of time (Sutton & Barto 2018, section 13.1, on annealing a softmax policy)
+        # 1 / temperature grows quadratically in time (annealed softmax policy: Sutton & Barto 2018, section 13.1)
         temperature = 1 / (1 + (1 / args.final_temperature - 1) * (iteration / args.num_iterations) ** 2)
         agent.temperature.fill_(temperature)
         charts = {"learning_rate": lr, "temperature": temperature, "ent_coef": ent_coef}
 
         collect(agent, episodes, rollout, args, play)
         ended = [episode for part in gather(episodes.take_ended()) for episode in part]
-        advantages, returns = estimate(
-            rollout.rewards,
-            rollout.values,
-            rollout.final_values,
-            rollout.terminated,
-            rollout.truncated,
-            args.gamma,
-            args.gae_lambda,
-        )
+        played = rollout.rewards, rollout.values, rollout.final_values, rollout.terminated, rollout.truncated
+        advantages, returns = estimate(*played, args.gamma, args.gae_lambda)
         losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args, climb)
-        if args.norm_obs and not agent.one_hot:  # not within an iteration, where pi_old and pi must see alike
+        if args.norm_obs and not agent.one_hot:  # only between iterations: pi_old and pi must see the same inputs
             agent.obs_stats.update(rollout.obs[:-1].flatten(0, 1).flatten(1))
         statistics = [name for name, x in agent.named_buffers() if not x.isfinite().all()]
         if losses["finite"] < 1 or not math.isfinite(losses["loss"]) or statistics:
@@ -1237,7 +1197,7 @@ def train(args: Args) -> None:
         global_step = iteration * args.batch_size
         if rank == 0:
             report.iteration(global_step, charts, losses, ended)
-        stopping = bool(all_mean(torch.tensor(float(len(stop_signals)))) > 0)
+        stopping = [number for caught in gather(stop_signals) for number in caught]  # of any rank
         if iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations or stopping:
             if len(set(gather(digest(agent)))) > 1:
                 fail(f"iteration {iteration}: the ranks' parameters differ; go on with --resume {run_dir}", code=1)
@@ -1262,8 +1222,9 @@ def train(args: Args) -> None:
             leave_ranks()
             if rank == 0:
                 report.close()
-                print(f"stopped at step {global_step}: go on with --resume {run_dir}")
-            raise SystemExit(128 + (stop_signals[0] if stop_signals else signal.SIGTERM))
+                say(f"stopped at step {global_step}: go on with --resume {run_dir}")
+            raise SystemExit(128 + stopping[0])
+    stop_signals.append(0)  # from here on nothing is left to lose: the next signal ends the run at once
     episodes.close()
     leave_ranks()
     if rank == 0:

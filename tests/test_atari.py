@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import variant_of
+from moviepy import VideoFileClip
 
 SCRIPT = Path(__file__).parent.parent / "ppo_clip_atari.py"
 CPU = torch.device("cpu")
@@ -199,7 +200,7 @@ def test_groups_play_what_one_group_plays(atari):
     first, first_ended, order = transitions([2, 2], [3, 1000])
     second, second_ended, other_order = transitions([2, 2], [1000, 3])
     assert order != other_order
-    for name in ("frames", "history", "clocks", "actions", "values", "rewards", "terminated", "truncated"):
+    for name in ("frames", "history", "noise", "actions", "values", "rewards", "terminated", "truncated"):
         assert torch.equal(getattr(first, name), getattr(second, name)), name
         torch.testing.assert_close(getattr(one, name), getattr(first, name), msg=name)
     assert len(set(first_ended)) > 2 and first_ended == second_ended and sorted(ended) == sorted(first_ended)
@@ -405,6 +406,8 @@ def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch)
     result = json.loads((run_dir / "result.json").read_text())
     assert 0 <= result["eval_return_mean"] < 20 and result["global_step"] == 64
     assert (run_dir / "video.mp4").stat().st_size > 10_000
+    with VideoFileClip(str(run_dir / "video.mp4")) as film:
+        assert film.size == [480, 630]
     assert (run_dir / Path(atari.__file__).name).read_bytes() == Path(atari.__file__).read_bytes()
 
 

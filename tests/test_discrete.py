@@ -193,9 +193,9 @@ def test_rollout_of_a_scripted_environment(script, ending):
 
 
 class Careless(gym.Env):
-    """Has one array for all observations, infos that cannot be batched, and three copies at most."""
+    """One array for all observations, a space that cannot be sampled, unbatchable infos, three copies at most."""
 
-    observation_space = gym.spaces.Box(0, 10, (2,), np.float32)
+    observation_space = gym.spaces.Box(np.finfo(np.float64).min, np.finfo(np.float64).max, (2,), np.float64)
     action_space = gym.spaces.Discrete(2)
     made = 0
 
@@ -203,7 +203,7 @@ class Careless(gym.Env):
         self.number = Careless.made = Careless.made + 1
         if self.number > 3:
             raise OSError("no port is free")
-        self.obs = np.zeros(2, np.float32)
+        self.obs = np.zeros(2)
 
     def reset(self, *, seed=None, options=None):
         self.obs[:] = 0
@@ -225,6 +225,7 @@ def test_careless_environments(script, capsys):
         obs, _, _, cut, info = envs.step(np.array([0, 1]))
     assert cut.all() and not obs.any()
     assert np.stack(info["final_obs"]).tolist() == [[5, 5], [5, 5]]
+    assert script.Rollout(args, envs, torch.device("cpu")).obs.shape == (args.num_steps + 1, 2, 2)
     with pytest.raises(SystemExit, match="1"):
         Careless.made = 1
         script.make_envs(args, 4)

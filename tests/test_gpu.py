@@ -109,8 +109,8 @@ def test_captured_actions_differ_between_steps_and_follow_the_softmax(trainer):
     act, idx = trainer.Graph(trainer.act), rollout.idx[0]
     drawn = []
     for _ in range(500):
-        if hasattr(rollout, "clocks"):  # all of a rollout's before it begins
-            rollout.clocks.exponential_()
+        if hasattr(rollout, "noise"):  # all of a rollout's before it begins
+            rollout.noise.exponential_()
         drawn.append(act(agent, rollout, idx).clone())
     assert len({tuple(actions.tolist()) for actions in drawn}) == 500
     probs = rollout.log_probs[0].exp()

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 TWINS = {
     *("ranks", "start_ranks", "together", "all_mean", "gather", "from_rank_0", "leave_ranks"),
     *("moments", "digest", "layer_init", "RunningStats", "env_seeds", "sample", "environments", "step"),
-    *("compute_gae", "ppo_clip_loss"),
-    *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph", "fail", "write_file"),
+    *("compute_gae", "ppo_clip_loss", "say", "fail", "write_file"),
+    *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph"),
     *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states"),
-    *("take", "open_run", "versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report", "finish"),
+    *("lock_run_dir", "open_run", "versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report", "finish"),
 }
 DIFFERENT = {
     *("Args", "Agent", "make_envs", "Rollout", "Episodes", "act", "collect", "to_tensor", "evaluate", "record_video"),

@@ -218,6 +218,15 @@ def test_another_launchers_variables_make_no_ranks(tmp_path):
     assert len(checkpoint(tmp_path / "run")["random"]) == 1
 
 
+def test_another_launchers_local_rank_chooses_no_gpu(trainer, monkeypatch):
+    chosen = []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name, value in (("is_available", True), ("device_count", 1), ("current_device", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert trainer.start_ranks(trainer.Args()) == torch.device("cuda", 0) and chosen == [0]
+
+
 def test_a_rank_that_hangs_ends_the_job_in_a_line(tmp_path):
     source = DISCRETE.read_text()
     assert "RANK_TIMEOUT = timedelta(minutes=10)" in source

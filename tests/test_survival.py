@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import pty
 import random
 import resource
 import signal
@@ -310,7 +311,7 @@ def test_one_process_a_run_folder(finished, tmp_path, resumed):
 
 def test_a_run_folder_that_cannot_be_written(discrete, capsys):
     with pytest.raises(SystemExit, match="2"):
-        discrete.take(discrete.Path("/proc"))
+        discrete.lock_run_dir(discrete.Path("/proc"))
     err = capsys.readouterr().err
     assert err.startswith("error: /proc cannot be written: ") and err.count("\n") == 1
 
@@ -319,12 +320,46 @@ def test_a_run_folder_that_cannot_be_written(discrete, capsys):
 
 
 def test_a_closed_pipe_ends_nothing(tmp_path):
-    flags = f"{SMALL[DISCRETE]} --eval-episodes 0 --total-timesteps 2048 --run-dir {tmp_path / 'run'}"
+    flags = f"{SMALL[DISCRETE]} --total-timesteps 2048 --run-dir {tmp_path / 'run'}"
     process = start(DISCRETE, *flags.split())
     assert process.stdout.readline().startswith("CartPole-v1 on cpu")
     process.stdout.close()
     assert process.wait(timeout=60) == 0 and process.stderr.read() == ""
-    assert checkpoint(tmp_path / "run")["iteration"] == 16
+    assert checkpoint(tmp_path / "run")["iteration"] == 16 and (tmp_path / "run" / "result.json").exists()
+
+
+@pytest.mark.parametrize("terminal", [False, True], ids=["a pipe", "a terminal"])
+def test_a_signal_after_the_output_is_gone(tmp_path, terminal):
+    master, slave = pty.openpty() if terminal else os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, str(DISCRETE), *f"{SMALL[DISCRETE]} --total-timesteps 100000000".split()],
+        cwd=tmp_path,
+        stdout=slave,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(slave)
+    assert os.read(master, 14) == b"CartPole-v1 on"
+    time.sleep(0.5)
+    os.close(master)
+    time.sleep(0.5)
+    process.terminate()
+    assert process.wait(timeout=60) == 128 + signal.SIGTERM and process.stderr.read() == ""
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    assert checkpoint(run_dir)["global_step"] == logged_steps(run_dir)[-1]
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_signal_during_the_evaluation(tmp_path, ignored):
+    """Ends it at once, unless the run was started to ignore it, as a shell's `&` does with SIGINT."""
+    handler = signal.SIG_IGN if ignored else signal.SIG_DFL
+    flags = f"{SMALL[DISCRETE]} --total-timesteps 2048 --eval-episodes 500 --run-dir {tmp_path / 'run'}"
+    process = start(DISCRETE, *flags.split(), preexec_fn=lambda: signal.signal(signal.SIGINT, handler))
+    while not process.stdout.readline().startswith("evaluating"):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == (0 if ignored else 128 + signal.SIGINT)
+    assert (tmp_path / "run" / "result.json").exists() == ignored
 
 
 @pytest.mark.parametrize("ignored", [False, True], ids=["alone", "under nohup"])
