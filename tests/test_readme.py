@@ -1,6 +1,8 @@
 """What README shows works as it is shown."""
 
+import json
 import re
+import statistics
 import subprocess
 import sys
 
@@ -23,6 +25,61 @@ def test_every_flag_exists():
 def test_every_linked_file_exists():
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links and all((ROOT / link).exists() for link in links)
+
+
+def tables():
+    """Every row of README's tables that links exactly one record, as column -> cell, and the record."""
+    header = None
+    for line, after in zip(README.splitlines(), [*README.splitlines()[1:], ""]):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if after.startswith("| ---"):
+            header = cells
+        links = re.findall(r"\]\((benchmarks/results/[^)]+)\)", line)
+        if line.startswith("|") and len(links) == 1 and len(header) == len(cells):
+            yield dict(zip(header, cells)), json.loads((ROOT / links[0]).read_text())
+
+
+def learning(record):
+    """What a row about one learning record must say, by column."""
+    runs, number = record["runs"], lambda x: f"{x:.1f}".replace("-", "−")
+    scores = [run["eval_return_mean"] for run in runs]
+    held = (runs[0].get("threshold") or {}).get("held")
+    return {
+        "mean": number(statistics.mean(scores)),
+        "worst – best seed": f"{number(min(scores))} – {number(max(scores))}",
+        "last 20 games": number(runs[0]["mean_last_20_games"]),
+        "evaluation, 20 games": number(scores[0]),
+        "mean of 100 games stays at 18 or more": f"after {held['step']:,} steps" if held else "not reached",
+        "ours": f"{number(runs[0]['curve']['mean_return_of_last_100'][-1])} (1 seed)",
+    }
+
+
+def throughput(record):
+    median = record["median"]
+    columns = {"CleanRL": "trainer_to_cleanrl", "Stable-Baselines3": "trainer_to_sb3"}
+    ratios = {f"ours / {peer}": f"{median[key]:.2f} ×" for peer, key in columns.items()}
+    bound = f"{median['trainer_to_serial_bound']:.2f}"
+    return {"steps/s": f"{median['trainer']:,.0f}", "ours / serial bound": bound} | ratios
+
+
+def test_tables_say_what_their_records_say():
+    checked = 0
+    for row, record in tables():
+        expected = learning(record) if "mean_last_20_games" in str(record) else {}
+        expected = throughput(record) if "trainer_to_cleanrl" in record.get("median", {}) else expected
+        shared = expected.keys() & row.keys()
+        assert {key: row[key] for key in shared} == {key: expected[key] for key in shared}, row
+        checked += len(shared)
+    assert checked == 4 * 2 + 3 * 3 + 2 + 5 * 4  # vectors, Pong, ten million steps, throughput
+
+
+def test_the_gpus_table_says_what_its_record_says():
+    rows = json.loads((ROOT / "benchmarks/results/gpu_or_cpu.json").read_text())["rows"]
+    rate = {(row["device"], row["num_envs"], row["hidden"]): row["steps_per_second"] for row in rows}
+    for num_envs in (64, 512):
+        pairs = [(rate["cuda", num_envs, hidden], rate["cpu", num_envs, hidden]) for hidden in (64, 256, 1024)]
+        cells = " | ".join(f"{gpu:,.0f} and {core:,.0f} ({gpu / core:.1f} ×)" for gpu, core in pairs)
+        assert f"| {num_envs} environments | {cells} |" in README
 
 
 def test_the_onnxruntime_example_plays(tmp_path):
