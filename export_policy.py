@@ -1,25 +1,23 @@
-"""A trained run to ONNX, TorchScript and torch.export, each checked against PyTorch before it gets its name.
+"""Exports a trained run to ONNX, TorchScript and torch.export; a file is kept only if it agrees with PyTorch.
 
     python export_policy.py runs/<run>
     python export_policy.py runs/<run> --stochastic --formats onnx torch-export --output-dir deploy
     python export_policy.py runs/<run> --evaluate 10 --benchmark --quantize int8
 
-The graph takes the raw observation (normalisation is inside) and gives `logits`, `value` and `action`: the greedy one,
-or, under --stochastic, one drawn with the caller's own uniform numbers.
-The network is built by the source snapshot in the run folder, so a copied and changed trainer exports with no edit.
+The graph takes the raw observation (normalisation is inside) and returns `logits`, `value` and `action`: the greedy
+one or, with --stochastic, one drawn with the caller's own uniform random numbers.
+The source snapshot in the run folder builds the network, so a changed copy of a trainer exports without edits here.
 """
 
 import contextlib
 import hashlib
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 import io
 import json
-import linecache
 import logging
 import os
 import platform
+import signal
 import sys
 import tempfile
 import time
@@ -41,7 +39,7 @@ import torch.nn.functional as F
 import tyro
 
 OPSET = 20
-BATCHES = (1, 2, 3, 17, 256)  # that each file is checked at
+BATCHES = (1, 2, 3, 17, 256)  # batch sizes at which each file is checked
 RTOL, ATOL = 1e-4, 1e-5
 FILES = {"onnx": "policy.onnx", "torchscript": "policy.torchscript.pt", "torch-export": "policy.pt2"}
 INT8 = "policy.int8.onnx"
@@ -51,7 +49,7 @@ Runtime = Callable[..., list[np.ndarray]]  # arrays in, [logits, value, action] 
 
 @dataclass(frozen=True)
 class Args:
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """run folder of a trainer"""
     formats: tuple[Literal["onnx", "torchscript", "torch-export"], ...] = ("onnx", "torchscript")
     """what to write: policy.onnx, policy.torchscript.pt, policy.pt2"""
@@ -60,11 +58,11 @@ class Args:
     stochastic: bool = False
     """add an input `uniform` (batch, num_actions) in (0, 1) that draws the action from the policy"""
     evaluate: int = 0
-    """whole games that each file plays, beside PyTorch on the same seeds"""
+    """whole games that each file plays, and PyTorch with the same seeds"""
     benchmark: bool = False
-    """measure the latency of each file, beside PyTorch"""
+    """measure the latency of each file and of PyTorch"""
     quantize: Literal["int8"] | None = None
-    """also write policy.int8.onnx, calibrated on the policy's own observations, and say what it costs"""
+    """also write policy.int8.onnx, calibrated on the policy's own observations, and report how many actions agree"""
 
 
 class Policy(nn.Module):
@@ -92,6 +90,21 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
+def say(line: str) -> None:
+    """Prints `line`; a terminal or pipe that is gone does not end the export."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what `error` was first raised from."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 def load_record(run_dir: Path) -> dict:
     """The run's args.json."""
     if not run_dir.is_dir():
@@ -107,30 +120,25 @@ def load_record(run_dir: Path) -> dict:
 
 def load_checkpoint(run_dir: Path) -> tuple[dict, str]:
     """The newest good checkpoint and its sha256. Never runs code that a file may hold."""
-    found = False
-    for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt"):
-        if not path.exists():
-            continue
-        found = True
+    paths = [path for path in (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt") if path.exists()]
+    for path in paths:
         try:
             data = path.read_bytes()
             if hashlib.sha256(data[:-32]).digest() != data[-32:]:
-                raise ValueError("its sha256 does not hold")
+                raise ValueError("its sha256 does not match")
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True), hashlib.sha256(data).hexdigest()
         except Exception as error:
             print(f"warning: {path} is damaged: {' '.join(str(error).split())[:80]}", file=sys.stderr)
-    fail(f"{run_dir} has no good checkpoint" if found else f"{run_dir} has no checkpoint yet: train it first")
+    fail(f"{run_dir} has no good checkpoint" if paths else f"{run_dir} has no checkpoint yet: train it first")
 
 
 def load_trainer(path: Path) -> ModuleType:
     """Runs the run's own source, for its `Agent`, `Args` and `make_envs`."""
-    print(f"running the code in {path} to build the network", flush=True)
-    loader = importlib.machinery.SourceFileLoader("run_source", str(path))  # whatever the file's name ends in
-    spec = importlib.util.spec_from_loader("run_source", loader)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
+    say(f"running the code in {path} to build the network")
+    module = sys.modules["run_source"] = ModuleType("run_source")  # dataclasses look their module up
+    module.__file__ = str(path)
     try:
-        spec.loader.exec_module(module)
+        exec(compile(path.read_bytes(), path, "exec"), vars(module))  # an import would write __pycache__ beside it
     except Exception as error:
         fail(f"{path} does not run here: {type(error).__name__}: {error}")
     return module
@@ -138,7 +146,7 @@ def load_trainer(path: Path) -> ModuleType:
 
 @torch.no_grad()
 def rollout(trainer: ModuleType, agent: nn.Module, args, count: int) -> torch.Tensor:
-    """Observations (count, *shape) of the policy's own play with sampled actions, in 16 environments."""
+    """Observations (count, *shape) that the policy meets in 16 environments with sampled actions."""
     envs = trainer.make_envs(args, 16)
     obs, _ = envs.reset(seed=1)
     generator, seen = torch.Generator().manual_seed(1), []
@@ -151,17 +159,15 @@ def rollout(trainer: ModuleType, agent: nn.Module, args, count: int) -> torch.Te
 
 
 def trace(policy: Policy, inputs: tuple[torch.Tensor, ...], source: Path) -> torch.export.ExportedProgram:
-    """The policy's graph with a symbolic batch; a forward that has none ends with the line of `source` that is why."""
+    """The policy's graph with a symbolic batch; where forward has none, fails with the line of `source` at fault."""
     batch = torch.export.Dim("batch")
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             program = torch.export.export(policy, inputs, dynamic_shapes=({0: batch},) * len(inputs))
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == source]
-        line = frames[-1].lineno if frames else 0
-        where = f" at {source.name}:{line}: `{linecache.getline(str(source), line).strip()}`" if frames else ""
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        fail(f"the network's forward cannot be exported{where}: {reason}", code=1)
+        where = f" at {source.name}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
+        fail(f"the network's forward cannot be exported{where}: {reason(error)}", code=1)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if hasattr(module, "graph") else ():
             node.meta.pop("stack_trace", None)  # file paths of this machine
@@ -169,24 +175,20 @@ def trace(policy: Policy, inputs: tuple[torch.Tensor, ...], source: Path) -> tor
 
 
 def export_onnx(program: torch.export.ExportedProgram, names: list[str], metadata: dict[str, str], path: Path) -> None:
-    """One file, symbolic batch, `OPSET`; nothing of the exporting machine in it."""
-    exported = torch.onnx.export(
+    """One file with a symbolic batch, in opset `OPSET`, that tells nothing of this machine."""
+    model = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=OPSET,
         input_names=names,
         output_names=["logits", "value", "action"],
         verbose=False,
-    )
-    exported.save(path, external_data=False)
-    model = onnx.load(path)
+    ).model_proto
     graphs = [model.graph, *model.functions]
-    for item in [model, *graphs, *(node for graph in graphs for node in graph.node), *model.graph.value_info]:
-        item.ClearField("metadata_props")  # stack traces and file paths
-        item.ClearField("doc_string")
-    for value in (*model.graph.input, *model.graph.output, *model.graph.initializer):
-        value.ClearField("metadata_props")
-        value.ClearField("doc_string")
+    parts = [part for graph in graphs for part in (*graph.node, *graph.value_info)]
+    for part in (model, *graphs, *parts, *model.graph.input, *model.graph.output, *model.graph.initializer):
+        part.ClearField("metadata_props")  # stack traces and file paths
+        part.ClearField("doc_string")
     onnx.checker.check_model(model, full_check=True)
     for value in (*model.graph.input, *model.graph.output):
         if not value.type.tensor_type.shape.dim[0].dim_param:
@@ -197,7 +199,7 @@ def export_onnx(program: torch.export.ExportedProgram, names: list[str], metadat
 
 
 def save_onnx(model: onnx.ModelProto, metadata: dict[str, str], path: Path) -> None:
-    """The same bytes for the same model, with `metadata` and no other."""
+    """Writes `model` with this metadata and no other: the same bytes for the same model."""
     del model.metadata_props[:]
     for key, value in sorted(metadata.items()):
         model.metadata_props.add(key=key, value=value)
@@ -207,7 +209,7 @@ def save_onnx(model: onnx.ModelProto, metadata: dict[str, str], path: Path) -> N
 def export_torchscript(policy: Policy, inputs: tuple[torch.Tensor, ...], path: Path) -> None:
     """Without the debug records, which hold file paths of the exporting machine."""
     whole = io.BytesIO()
-    torch.jit.save(torch.jit.trace(policy, inputs), whole)
+    torch.jit.save(torch.jit.trace(policy, inputs, check_trace=False), whole)  # `check_parity` sees more
     with zipfile.ZipFile(whole) as records, zipfile.ZipFile(path, "w") as file:
         for name in records.namelist():
             if not name.endswith(".debug_pkl"):
@@ -222,8 +224,8 @@ def write(
     inputs: tuple[torch.Tensor, ...],
     names: list[str],
     metadata: dict[str, str],
-) -> None:
-    """One of `FILES`; a network that its writer does not take ends in one line."""
+) -> Runtime:
+    """Writes and loads one of `FILES`; a network that its writer or runtime cannot take ends in one line."""
     try:
         with quiet():
             if name == "onnx":
@@ -231,24 +233,26 @@ def write(
             elif name == "torchscript":
                 export_torchscript(policy, inputs, path)
             else:
-                torch.export.save(program, path)
+                buffer = io.BytesIO()  # PyTorch's own writer aborts the process where the disk is full
+                torch.export.save(program, buffer)
+                path.write_bytes(buffer.getvalue())
+        return load_runtime(path)
     except OSError:
         raise
     except Exception as error:
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        fail(f"the network cannot be written as {name}, leave it out of --formats: {reason}", code=1)
+        fail(f"the network cannot be written as {name} (leave that out of --formats): {reason(error)}", code=1)
 
 
 def quantize_int8(path: Path, names: list[str], inputs: list[np.ndarray], metadata: dict[str, str], to: Path) -> dict:
     """Static quantisation (QDQ) of the layers' weights and activations, calibrated on a twentieth of `inputs`.
 
-    Returns, prints and keeps in the file how often its actions are those of `path`.
+    Returns, prints and stores in the file how often its actions equal those of `path`.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    parts = zip(*(np.array_split(x, len(x) // 16) for x in (x[::20] for x in inputs)))
-    rows = iter([dict(zip(names, part)) for part in parts])
+    parts = zip(*(np.array_split(x[::20], len(x) // 320) for x in inputs))  # 16 or 17 rows each
+    rows = (dict(zip(names, part)) for part in parts)
 
     class Reader(quantization.CalibrationDataReader):
         def get_next(self):
@@ -269,15 +273,15 @@ def quantize_int8(path: Path, names: list[str], inputs: list[np.ndarray], metada
     cost = {"action_agreement": agreement, "observations": len(inputs[0]), "verdict": verdict}
     save_onnx(onnx.load(to), metadata | {"int8": json.dumps(cost)}, to)
     sizes = path.stat().st_size, to.stat().st_size
-    print(f"{to.name}: {agreement:.2%} of {len(inputs[0])} actions agree, {sizes[0]:,} -> {sizes[1]:,} bytes")
+    say(f"{to.name}: {agreement:.2%} of {len(inputs[0])} actions agree, {sizes[0]:,} -> {sizes[1]:,} bytes")
     if agreement < 0.95:
-        print(f"warning: {to.name} agrees in under 95 % of its actions: not for use as it is", file=sys.stderr)
+        print(f"warning: {to.name}: under 95 % of its actions agree: do not deploy it as it is", file=sys.stderr)
     return cost
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters print and warn about what no user can change."""
+    """Silences what exporters print and warn about, none of which a user can change."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -297,7 +301,7 @@ def load_runtime(path: Path, threads: int = 1) -> Runtime:
     """An exported file as a runtime; PyTorch's take their threads from torch.set_num_threads."""
     if path.suffix == ".onnx":
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads  # one is the fastest for one observation: no hand-over to a pool
+        options.intra_op_num_threads = threads  # 1 is fastest for one observation: no hand-over to a pool
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         names = [i.name for i in session.get_inputs()]
         return lambda *arrays: session.run(None, dict(zip(names, arrays)))
@@ -313,7 +317,8 @@ def probes(obs: np.ndarray, space) -> list[np.ndarray]:
     if hasattr(space, "n"):
         low, high = space.start, space.start + space.n - 1
     else:
-        low, high = np.clip(space.low, -100, 100), np.clip(space.high, -100, 100 if obs.dtype == np.float32 else None)
+        reach = 100 if obs.dtype == np.float32 else 255  # of pixels
+        low, high = (np.clip(end, space.low.astype(float), space.high.astype(float)) for end in (-reach, reach))
     shape = (256, *obs.shape[1:])
     zeros = np.broadcast_to(np.clip(0, low, high), shape)
     extremes = np.where(rng.random(shape) < 0.5, low, high)
@@ -324,7 +329,7 @@ def probes(obs: np.ndarray, space) -> list[np.ndarray]:
 def check_parity(reference: Runtime, files: dict[str, Runtime], probes: list[np.ndarray], uniform) -> None:
     """Each file against PyTorch on all probes at all `BATCHES`; ends with exit code 1 on a mismatch.
 
-    Actions must be equal but where the two best differ by less than the tolerance: there a tie may fall either way.
+    Actions must be equal, except where the two best scores differ by less than the tolerance: there either will do.
     """
     for rows in probes:
         for batch in BATCHES:
@@ -332,7 +337,7 @@ def check_parity(reference: Runtime, files: dict[str, Runtime], probes: list[np.
             logits, value, action = reference(*inputs)
             scores = logits if uniform is None else logits - np.log(-np.log(inputs[1]))
             best = np.sort(scores)[:, -2:]
-            clear = best[:, -1] - best[:, 0] > 2 * (ATOL + RTOL * np.abs(best).max())
+            clear = best[:, -1] - best[:, 0] > 2 * (ATOL + RTOL * np.abs(best).max(-1))
             for name, file in files.items():
                 its_logits, its_value, its_action = file(*inputs)
                 for what, a, b in (("logits", logits, its_logits), ("value", value, its_value)):
@@ -347,18 +352,20 @@ def play(trainer: ModuleType, run_args, runtime: Runtime, games: int, num_action
     """Scores of the trainer's own evaluation, where each action is `runtime`'s."""
     rng = np.random.default_rng(1)
 
-    def agent(obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        uniform = [rng.random((len(obs), num_actions), dtype=np.float32)] if stochastic else []
-        _, value, action = map(torch.from_numpy, runtime(obs.numpy(), *uniform))
-        return F.one_hot(action, num_actions).float().log(), value  # leaves the evaluation nothing else to sample
+    class Player(nn.Module):  # as an evaluation may call its eval() and train()
+        def forward(self, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            uniform = [rng.random((len(obs), num_actions), dtype=np.float32)] if stochastic else []
+            _, value, action = map(torch.from_numpy, runtime(obs.numpy(), *uniform))
+            return F.one_hot(action, num_actions).float().log(), value  # leaves the evaluation nothing else to sample
 
-    return trainer.evaluate(agent, run_args, games, torch.device("cpu"))
+    return trainer.evaluate(Player(), run_args, games, torch.device("cpu"))
 
 
 def latencies(policy: Policy, paths: list[Path], inputs: list[np.ndarray]) -> list[dict]:
-    """Milliseconds a call of each runtime at several batches, on one thread and on all."""
+    """Milliseconds per call of each runtime at several batch sizes, with one thread and with one per core."""
     rows, before = [], torch.get_num_threads()
-    for threads in sorted({1, os.cpu_count() or 1}):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for threads in sorted({1, cores}):
         torch.set_num_threads(threads)
         runtimes = {"PyTorch eager": (eager(policy), None)}
         runtimes |= {path.name: (load_runtime(path, threads), path.stat().st_size) for path in paths}
@@ -374,8 +381,8 @@ def latencies(policy: Policy, paths: list[Path], inputs: list[np.ndarray]) -> li
                     times.append(1e3 * (time.perf_counter() - began))
                 median, p99 = np.percentile(times, (50, 99))
                 row = {"runtime": name, "threads": threads, "batch": batch, "median_ms": round(median, 4)}
-                rows.append(row | {"p99_ms": round(p99, 4), "obs_per_second": round(1e3 * batch / median)})
-                rows[-1]["file_bytes"] = size
+                row |= {"p99_ms": round(p99, 4), "obs_per_second": round(1e3 * batch / median), "file_bytes": size}
+                rows.append(row)
     torch.set_num_threads(before)
     return rows
 
@@ -383,24 +390,25 @@ def latencies(policy: Policy, paths: list[Path], inputs: list[np.ndarray]) -> li
 def print_table(rows: list[dict]) -> None:
     widths = {key: max(len(key), *(len(str(row[key])) for row in rows)) for key in rows[0]}
     for row in [{key: key for key in widths}, *rows]:
-        print("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
+        say("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
 
 
 def describe_actions(envs) -> dict:
-    """The environment's own number of action 0, and the names of all actions where it has them, else its numbers."""
+    """The number that the environment itself gives action 0, and all actions' names, or numbers where it has none."""
     if hasattr(envs, "ale"):
         return {"first_action": 0, "action_meanings": [action.name for action in envs.ale.get_action_set()]}
     env, space = envs, envs.single_action_space
     if hasattr(envs, "envs"):
         env = envs.envs[0].unwrapped
         space = env.action_space
-    first, names = int(space.start), getattr(env, "get_action_meanings", None)
+    first = int(getattr(space, "start", 0))  # a wrapper may make the actions discrete, or leave some out
     numbers = [str(first + n) for n in range(int(envs.single_action_space.n))]
-    return {"first_action": first, "action_meanings": list(names()) if names else numbers}
+    names = [str(name) for name in getattr(env, "get_action_meanings", list)()]
+    return {"first_action": first, "action_meanings": names if len(names) == len(numbers) else numbers}
 
 
 def load_score(run_dir: Path, global_step: int) -> dict:
-    """The trainer's evaluation in the run's result.json, where it is of the policy after `global_step` steps."""
+    """The trainer's evaluation from result.json, or None values where that is not of the policy at `global_step`."""
     try:
         result = json.loads((run_dir / "result.json").read_text())
         fits = result["global_step"] == global_step
@@ -415,7 +423,7 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, at
     if atari:
         preprocessing = {
             "inside_the_graph": "scaling or running normalisation of each pixel",
-            "before_the_graph": "84x84 grey frames, maximum of the last two of 4 skipped, 4 stacked, oldest first",
+            "before_the_graph": "84x84 grey frames, each the maximum of the last two of 4; 4 stacked, oldest first",
             "frame_skip": 4,
             "repeat_action_probability": run_args.stickiness,
         }
@@ -480,14 +488,14 @@ def export(args: Args) -> None:
         num_actions, space = int(envs.single_action_space.n), envs.single_observation_space
         envs.close()
         obs = rollout(trainer, agent, run_args, 10_000 if args.quantize else 512)
-    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        fail(f"the checkpoint in {run_dir} does not fit its source: {error}")
+        about = describe(run_dir, run_args, record, state, checkpoint_sha256, atari, actions)
+    except Exception as error:
+        fail(f"{source} cannot rebuild its network and play: {type(error).__name__}: {error}")
     uniform = torch.rand(len(obs), num_actions).clamp(1e-6, 1 - 1e-6) if args.stochastic else None
     inputs = [obs] if uniform is None else [obs, uniform]
     two_rows = tuple(x[:2].clone() for x in inputs)
     arrays = [x.numpy() for x in inputs]
     names = ["obs", "uniform"][: len(inputs)]
-    about = describe(run_dir, run_args, record, state, checkpoint_sha256, atari, actions)
     metadata = {key: value if isinstance(value, str) else json.dumps(value) for key, value in about.items()}
     logging.getLogger("torch").setLevel(logging.ERROR)
     program = trace(policy, two_rows, source)
@@ -495,11 +503,11 @@ def export(args: Args) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=output_dir, prefix=".export-") as folder:
             paths = {name: Path(folder) / FILES[name] for name in FILES if name in args.formats}
+            files = {}
             for name, path in paths.items():
-                write(name, path, policy, program, two_rows, names, metadata)
+                files[path.name] = write(name, path, policy, program, two_rows, names, metadata)
             if "torchscript" in paths:
-                print("note: PyTorch deprecates TorchScript; torch-export is its successor, ONNX the widest supported")
-            files = {path.name: load_runtime(path) for path in paths.values()}
+                say("note: PyTorch deprecates TorchScript; torch-export is its successor, ONNX the best supported")
             check_parity(eager(policy), files, probes(arrays[0], space), None if uniform is None else arrays[1])
 
             if args.quantize:
@@ -511,7 +519,7 @@ def export(args: Args) -> None:
                 for name, runtime in ({"PyTorch": eager(policy)} | files).items():
                     scores = play(trainer, run_args, runtime, args.evaluate, num_actions, args.stochastic)
                     about["evaluation"][name] = {"mean": float(np.mean(scores)), "scores": scores}
-                    print(f"{name}: mean return {np.mean(scores):.1f} over {len(scores)} games")
+                    say(f"{name}: mean return {np.mean(scores):.1f} over {len(scores)} games")
             if args.benchmark:
                 about["latency"] = latencies(policy, list(paths.values()), arrays)
                 print_table(about["latency"])
@@ -524,11 +532,11 @@ def export(args: Args) -> None:
                 os.replace(path, output_dir / path.name)
     except OSError as error:
         fail(f"--output-dir {output_dir} cannot be written: {error.strerror or error}")
-    for name in {*FILES.values(), INT8} - {path.name for path in paths.values()}:
-        if (output_dir / name).exists():
-            print(f"warning: {output_dir / name} is of an earlier export: policy.json is not about it", file=sys.stderr)
+    for name in (*FILES.values(), INT8):
+        if name not in about["sha256"] and (output_dir / name).exists():
+            print(f"warning: {output_dir / name} is from an earlier export: policy.json omits it", file=sys.stderr)
     exact = ", ".join(path.name for path in paths.values() if path.name != INT8)
-    print(f"{output_dir}: {exact} equal PyTorch on batches {BATCHES}")
+    say(f"{output_dir}: {exact} match PyTorch at batch sizes {BATCHES}")
 
 
 def parse_args() -> Args:
@@ -546,4 +554,8 @@ def parse_args() -> Args:
 
 
 if __name__ == "__main__":
-    export(parse_args())
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no temporary folder is left
+    try:
+        export(parse_args())
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)

@@ -4,8 +4,9 @@
     python benchmarks/ablations.py --only no-bootstrap --seeds 1 2 3 4 5
     python benchmarks/plot.py ablations
 
-What is no flag is a changed copy of the script, as a user would make it. Adds to benchmarks/results/ablations.json as
-it goes: a run in it is not made again, unless it failed. Delete the file when the trainer has changed.
+What no flag changes is changed in a copy of the script, as a user would do it. Adds to
+benchmarks/results/ablations.json as it goes; a run that it holds is not repeated, unless it failed. Delete the file
+when the trainer has changed.
 """
 
 import argparse
@@ -75,10 +76,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     parser.add_argument("--env-ids", nargs="+", choices=STEPS, default=list(STEPS), metavar="ENV")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side: wall times then are theirs")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at once; wall times then include contention")
     parser.add_argument("--total-timesteps", type=int, help="instead of each environment's own, for a trial")
     parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "results" / "ablations.json")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    options.record.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first run
     for variant in options.only:  # before the first run
         change(TRAINER.read_text(), VARIANTS[variant][3])
     runs = json.loads(options.record.read_text()) if options.record.exists() else []
@@ -94,14 +98,14 @@ def main() -> None:
                 job = (variant, f"{flags} {own_flags}".strip())
                 if job not in made or made[job]["exit_code"] != 0:
                     jobs.append(job)
-    print(f"{len(jobs)} runs to make, {len(runs)} in {options.record}", flush=True)
+    print(f"{len(jobs)} runs to do, {len(runs)} already in {options.record}", flush=True)
     if any(run["trainer_sha256"] != sha256(TRAINER) for run in runs):
         print(f"warning: some of those were made by another {TRAINER.name}")
     for run in side_by_side(ablate, jobs, options.jobs):
         tell(run)
         made[run["variant"], run["flags"]] = run | {"jobs": options.jobs}
         ordered = sorted(made.values(), key=lambda run: (list(VARIANTS).index(run["variant"]), run["flags"]))
-        options.record.write_text("[\n" + ",\n".join(map(json.dumps, ordered)) + "\n]\n")  # a line a run
+        options.record.write_text("[\n" + ",\n".join(map(json.dumps, ordered)) + "\n]\n")  # one line per run
 
 
 if __name__ == "__main__":

@@ -16,12 +16,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="run folder with video.mp4, or a film")
     parser.add_argument("--to", type=Path, required=True)
-    parser.add_argument("--start", type=float, default=2.0, help="seconds of the film to leave out")
+    parser.add_argument("--start", type=float, default=2.0, help="seconds to skip at the film's beginning")
     parser.add_argument("--seconds", type=float, default=12.0, help="length in the film's time")
     parser.add_argument("--width", type=int, default=160, help="pixels; 160 is the emulator's own")
     parser.add_argument("--colours", type=int, default=16)
     parser.add_argument("--speed", type=float, default=1.0, help="times the film's own")
     options = parser.parse_args()
+    if min(options.speed, options.width, options.seconds) <= 0 or not 1 <= options.colours <= 256:
+        parser.error("--speed, --width and --seconds must be above 0, --colours from 1 to 256")
+    if options.to.suffix.lower() != ".gif":
+        parser.error(f"--to {options.to} must end in .gif")
     film = options.run / "video.mp4" if options.run.is_dir() else options.run
     if not film.exists():
         parser.error(f"{film} does not exist: train with --capture-video")

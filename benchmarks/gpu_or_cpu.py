@@ -1,4 +1,4 @@
-"""From which network and how many environments on ppo_clip_discrete.py is faster on a GPU than on one CPU core.
+"""From what network size and number of environments ppo_clip_discrete.py is faster on a GPU than on one CPU core.
 
     python benchmarks/gpu_or_cpu.py
 
@@ -16,8 +16,8 @@ import sys
 from pathlib import Path
 
 import torch
-from learning import ROOT, hardware
-from throughput import Parts, commit, load
+from learning import ROOT, commit, hardware
+from throughput import Parts, load
 
 
 def measure(trainer, args, seconds: float) -> float:
@@ -55,11 +55,12 @@ def main() -> None:
     record = {
         "command": "python benchmarks/gpu_or_cpu.py " + shlex.join(sys.argv[1:]),
         "seed": args.seed,
-        "commit": commit(ROOT),
+        "commit": commit(),
         "versions": trainer.versions(),
         "hardware": hardware(),
         "rows": rows,
     }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(record, indent=2) + "\n")
     print(f"record {options.output}")
 

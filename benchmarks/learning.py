@@ -51,12 +51,18 @@ def hardware() -> str:
     return ", ".join([f"{cores} CPU cores ({model}, {instructions})", *gpus])
 
 
+def commit(folder: Path = ROOT) -> str | None:
+    """The commit that is checked out in `folder`."""
+    git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+
+
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
 
 
 def read_run(run_dir: Path, points: int = POINTS, threshold: float | None = None) -> dict:
-    """What a run folder tells of itself; a run that is not finished has no evaluation."""
+    """A run folder's record of itself; a run that is not finished has no evaluation."""
     about = json.loads((run_dir / "args.json").read_text())
     result = run_dir / "result.json"
     run = {
@@ -100,8 +106,8 @@ def read_run(run_dir: Path, points: int = POINTS, threshold: float | None = None
 
 
 def train(trainer: Path, flags: list[str], points: int = POINTS, threshold: float | None = None) -> dict:
-    """One run in a process of its own, in a folder that goes afterwards; `flags` begin with --env-id."""
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
+    """One run in a process of its own, in a temporary folder; `flags` begin with --env-id."""
+    head = commit()
     path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
@@ -119,13 +125,13 @@ def train(trainer: Path, flags: list[str], points: int = POINTS, threshold: floa
     return run | {
         "command": f"{own}python {trainer.name} {' '.join(flags)}",
         "seed": int(flags[flags.index("--seed") + 1]),
-        "commit": git.stdout.strip() or None,
+        "commit": head,
         "trainer_sha256": sha256(trainer),
     }
 
 
 def side_by_side(function: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
-    """`function(*job)` of every job as it comes, `workers` at a time; Ctrl-C starts no further ones."""
+    """Yields `function(*job)` of each job as it ends, `workers` at a time; after Ctrl-C no further job starts."""
     pool = ThreadPoolExecutor(workers)
     try:
         yield from (done.result() for done in as_completed([pool.submit(function, *job) for job in jobs]))
@@ -134,7 +140,7 @@ def side_by_side(function: Callable, jobs: Iterable[tuple], workers: int) -> Ite
 
 
 def median_to_threshold(runs: list[dict]) -> dict[str, float | None]:
-    """Median seconds over the runs, one that did not get there counted as infinitely late (None)."""
+    """Median seconds over the runs, where a run that did not get there counts as infinity; None for infinity."""
     medians = {}
     for name in ("reached", "held", "iteration"):
         points = [run.get("threshold", {}).get(name) for run in runs]
@@ -155,13 +161,20 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5])
     parser.add_argument("--eval-episodes", type=int, default=100)
     parser.add_argument("--threshold", type=float, help="record when the curve reaches and holds this")
-    parser.add_argument("--jobs", type=int, default=1, help="seeds trained side by side: wall times then are theirs")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at once; wall times then include contention")
     parser.add_argument("--runs", type=Path, nargs="+", help="record these run folders and train nothing")
     parser.add_argument("--hardware", default=hardware(), help="of --runs, where it was another machine")
     parser.add_argument("--record", type=Path, help="default: benchmarks/results/learning_<env>.json")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error("--jobs must be at least 1")
+    for run_dir in options.runs or []:
+        about = run_dir / "args.json"
+        if not about.exists() or json.loads(about.read_text())["args"]["env_id"] != options.env_id:
+            parser.error(f"{run_dir} holds no run of {options.env_id}")
     name = options.env_id.replace("/", "-").replace(":", "-")
     path = options.record or ROOT / "benchmarks" / "results" / f"learning_{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first run
     atari = options.env_id.startswith("ALE/") or "NoFrameskip" in options.env_id
     trainer = ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
     flags = ["--env-id", options.env_id, "--total-timesteps", str(options.total_timesteps)]

@@ -5,13 +5,14 @@
 Writes benchmarks/results/memory.json.
 """
 
+import argparse
 import json
 import re
 import subprocess
 import sys
 import tempfile
 
-from learning import ROOT, hardware
+from learning import ROOT, commit, hardware
 from throughput import load
 
 ITERATIONS = 200
@@ -36,6 +37,8 @@ trainer.train(trainer.parse_args())
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.parse_args()
     record = {}
     for script, (env_id, batch, flags) in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
@@ -53,8 +56,7 @@ def main() -> None:
             "resident_mib_every_20": [round(mib, 1) for mib in resident[19::20]],
         }
         print(script, record[script], flush=True)
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    record["commit"] = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    record["commit"] = commit()
     record["versions"] = load(ROOT / "ppo_clip_atari.py").versions()
     record["hardware"] = hardware()
     path = ROOT / "benchmarks" / "results" / "memory.json"

@@ -17,12 +17,11 @@ import dataclasses
 import json
 import math
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import torch
-from learning import ROOT, hardware
+from learning import ROOT, commit, hardware
 from throughput import GAE_INPUTS, load
 
 
@@ -84,22 +83,22 @@ def main() -> None:
     options = parser.parse_args()
     if options.reference not in options.lambdas:
         parser.error("--reference must be one of --lambdas")
+    if options.batches < 3 or options.num_steps < 1:
+        parser.error("--batches must be at least 3, for the jackknife, and --num-steps at least 1")
 
     trainer = load(ROOT / "ppo_clip_atari.py")
     state = trainer.load_checkpoint(options.run)
+    if state is None or not state["args"].keys() <= vars(trainer.Args()).keys():
+        parser.error(f"{options.run} holds no checkpoint of ppo_clip_atari.py")
     rows = gradients(trainer, state, options.lambdas, options.batches, options.num_steps, options.seed)
     flat = rows.transpose(0, 1).flatten(0, 1).double()
     n, size = options.batches, state["args"]["num_envs"] * options.num_steps
     products = (flat @ flat.T).view(-1, n, len(options.lambdas) + 1, n).transpose(1, 2)  # (L + 1, L + 1, n, n)
     reference = options.lambdas.index(options.reference)
-    parts = []
-    for i in range(n):
-        keep = [j for j in range(n) if j != i]
-        parts.append(estimates(products[:, :, keep][..., keep], reference))
-    parts = torch.stack(parts)
+    subsets = [[j for j in range(n) if j != i] for i in range(n)]  # leave one out
+    parts = torch.stack([estimates(products[:, :, keep][..., keep], reference) for keep in subsets])
     errors = ((parts - parts.mean(0)).square().sum(0) * (n - 1) / n).sqrt()
 
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     record = {
         "command": "python benchmarks/noise_scale.py " + shlex.join(sys.argv[1:]),
         "run": {key: value for key, value in state["args"].items() if key not in ("run_dir", "resume")},
@@ -108,7 +107,7 @@ def main() -> None:
         "batch_size": size,
         "seed": options.seed,
         "lambdas": {},
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "versions": trainer.versions(),
         "hardware": hardware(),
     }

@@ -87,7 +87,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def draw_learning(name: str, results: Path, to: Path) -> None:
-    """One column an environment; return against steps above, against wall time below."""
+    """One column per environment; return against steps above, against wall time below."""
     columns = []
     for source, title, target in LEARNING[name]:
         path = results / f"learning_{source.replace('/', '-')}.json"
@@ -113,7 +113,7 @@ def draw_learning(name: str, results: Path, to: Path) -> None:
 
 
 def draw_ablations(results: Path, to: Path) -> None:
-    """One column a group of variants, one row an environment of it; the defaults are in each."""
+    """One column per group of variants, one row per environment of it; the defaults are in each."""
     path = results / "ablations.json"
     runs = json.loads(path.read_text()) if path.exists() else []
     runs = [run for run in runs if len(run.get("curve", {}).get("step", [])) > 1]

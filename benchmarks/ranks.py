@@ -1,10 +1,10 @@
-"""The same job as one process and as ranks under torchrun, on the cores of this machine, and what an all-reduce takes.
+"""The same job as one process and as ranks under torchrun, both on all cores of this machine, and an all-reduce's time.
 
     python benchmarks/ranks.py --ranks 2
     python benchmarks/ranks.py --ranks 8 --env-id ALE/Breakout-v5 --flags "--num-envs 512"      # on eight GPUs
 
-Every turn trains for 12 iterations as one process, with all threads, and as ranks, each with its share of them; `sps`
-counts without the first two. Writes benchmarks/results/ranks_<env>.json.
+Every turn trains for 12 iterations as one process, with a thread for each core, and as ranks, each with its share of
+threads; steps a second are of the last ten. Writes benchmarks/results/ranks_<env>.json.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import tyro
-from learning import ROOT, hardware
+from learning import ROOT, commit, hardware
 from throughput import load
 
 ITERATIONS = 12
@@ -55,7 +55,8 @@ def train(script: Path, flags: list[str], ranks: int) -> tuple[float, int]:
     with tempfile.TemporaryDirectory() as folder:
         command = torchrun(ranks) if ranks > 1 else [sys.executable]
         command += [str(script), *flags, "--eval-episodes", "0", "--run-dir", f"{folder}/run"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | threads)
+        if subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ | threads).returncode:
+            raise SystemExit(f"failed: {shlex.join(command)}")
         result = json.loads(Path(f"{folder}/run/result.json").read_text())
         optimizer = torch.load(f"{folder}/run/checkpoint.pt", weights_only=True, map_location="cpu")["optimizer"]
     return result["sps"], optimizer["exp_avg"].numel()
@@ -69,6 +70,8 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--all-reduce", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.ranks < 2 or options.turns < 1:
+        parser.error("--ranks must be at least 2 and --turns at least 1")
     if options.all_reduce:
         all_reduce(options.all_reduce)
         return
@@ -86,12 +89,11 @@ def main() -> None:
         print({key: round(value, 2) for key, value in turns[-1].items()}, flush=True)
     child = [*torchrun(options.ranks), __file__, "--all-reduce", str(parameters)]
     printed = subprocess.run(child, check=True, capture_output=True, text=True).stdout
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     record = {
         "command": "python benchmarks/ranks.py " + shlex.join(sys.argv[1:]),
         "env_id": options.env_id,
         "seed": 1,
-        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "versions": trainer.versions(),
         "hardware": hardware(),
         "ranks": options.ranks,

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from learning import ROOT, hardware, sha256
+from learning import ROOT, commit, hardware, sha256
 
 TRAINER = ROOT / "ppo_clip_discrete.py"
 RECORD = ROOT / "benchmarks" / "results" / "sweep.json"
@@ -24,12 +24,13 @@ STEPS = {"CartPole-v1": 100_000, "Acrobot-v1": 300_000, "MountainCar-v0": 500_00
 
 def run(setting: str, env_id: str, seed: int) -> dict:
     """One training run in a process of its own."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    head = commit()
     with tempfile.TemporaryDirectory() as folder:
         flags = f"--env-id {env_id} --total-timesteps {STEPS[env_id]} --seed {seed} --eval-episodes 100 {setting}"
         command = [sys.executable, str(TRAINER), *flags.split(), "--run-dir", f"{folder}/run"]
         code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+        if code == 2:  # a flag that cannot work, as the trainer has just said: no result
+            raise SystemExit(code)
         result = json.loads(Path(f"{folder}/run/result.json").read_text()) if code == 0 else {}
     return {
         "setting": setting,
@@ -39,7 +40,7 @@ def run(setting: str, env_id: str, seed: int) -> dict:
         "eval_return_mean": result.get("eval_return_mean"),
         "sps": result.get("sps"),
         "trainer_sha256": sha256(TRAINER),
-        "commit": commit,
+        "commit": head,
         "hardware": hardware(),
     }
 
@@ -58,7 +59,7 @@ def main() -> None:
                 if key in {(r["setting"], r["env_id"], r["seed"], r["trainer_sha256"]) for r in runs}:
                     continue
                 runs.append(run(setting, env_id, seed))
-                RECORD.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")  # a line a run
+                RECORD.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")  # one line per run
             scores = [
                 r["eval_return_mean"]
                 for r in runs

@@ -43,7 +43,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before PyTorch: as the Ata
 import numpy as np
 import torch
 import tyro
-from learning import ROOT, hardware
+from learning import ROOT, commit, hardware
 
 BUFFER_ENVS, BUFFER_MINIBATCH = 64, 256  # of --buffer, whose capacity is num_envs * num_steps
 # Runs a command, then prints its peak. Linux counts what the parent held at the fork as the child's: this one is small.
@@ -118,7 +118,7 @@ class Parts:
         self.trainer.collect(self.agent, self.episodes, self.rollout, self.args, self.play_graph)
 
     def environments(self, seconds: float) -> float:
-        """Environment steps a second with random actions; groups of emulators go on in the order in which they come."""
+        """Environment steps a second with random actions; groups of emulators are served in order of arrival."""
 
         def actions(group: int) -> np.ndarray:
             return self.actions[next(self.count) % len(self.actions), self.groups[group][1]]
@@ -142,7 +142,7 @@ class Parts:
             self.play_graph(self.agent, self.rollout, self.rollout.idx[-1, part]).cpu().numpy()
 
     def update(self) -> None:
-        """What follows a rollout, K epochs."""
+        """The advantages and K epochs that follow a rollout."""
         args, rollout = self.args, self.rollout
         if args.target_kl is not None:  # far from pi_old, a second update on this rollout would end at its first epoch
             self.agent.load_state_dict(self.pi_old)
@@ -153,7 +153,7 @@ class Parts:
         self.trainer.update(*phase)
 
     def rate(self, work: Callable[[], None], steps: int, seconds: float) -> float:
-        """Environment steps a second of `work`, `steps` a call, in `seconds` or three calls, after one to warm up."""
+        """Environment steps a second of `work`, `steps` a call, over `seconds` or three calls, after one to warm up."""
         work()
         self.synchronize()
         started, calls = time.perf_counter(), 0
@@ -318,16 +318,12 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def commit(folder: Path) -> str:
-    return subprocess.run(["git", "-C", folder, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", choices=["discrete", "atari"])
     parser.add_argument("--env-id", help="default: the trainer's")
     parser.add_argument("--flags", default="", help="further flags of the trainer, in one string")
-    parser.add_argument("--versus", default="", help="flags to add for a second run of the trainer in each turn")
+    parser.add_argument("--versus", default="", help="flags added in a second run of the trainer each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each of (a), (b) and (c) in a turn")
     parser.add_argument("--iterations", type=int, default=22, help="of (d) and the peers; the first two do not count")
@@ -340,8 +336,10 @@ def main() -> None:
     options = parser.parse_args()
     if "cleanrl" in options.peer and not (options.cleanrl and (options.cleanrl / "cleanrl").is_dir()):
         parser.error("--peer cleanrl needs --cleanrl PATH, a checkout of https://github.com/vwxyzjn/cleanrl")
-    if options.turns < 1 or options.iterations < 4:
-        parser.error("--turns must be at least 1 and --iterations at least 4")
+    if "sb3" in options.peer and not importlib.util.find_spec("stable_baselines3"):
+        parser.error("--peer sb3 needs `pip install stable-baselines3 opencv-python-headless`")
+    if options.turns < 1 or options.iterations < 4 or min(options.buffer or [1]) < 1:
+        parser.error("--turns and --buffer must be at least 1 and --iterations at least 4")
 
     trainer = load(ROOT / f"ppo_clip_{options.trainer}.py")
     flags = [*(["--env-id", options.env_id] if options.env_id else []), *shlex.split(options.flags)]
@@ -359,7 +357,7 @@ def main() -> None:
         "command": "python benchmarks/throughput.py " + shlex.join(sys.argv[1:]),
         "env_id": args.env_id,
         "seed": args.seed,
-        "commit": commit(ROOT),
+        "commit": commit(),
         "versions": trainer.versions(),
         "hardware": hardware(),
         "threads": threads(trainer, args),
@@ -401,6 +399,7 @@ def main() -> None:
             print(f"{key.replace('_', ' '):32}" + "".join(f"{number(value):>12}" for value in values))
     name = "_".join(filter(None, ["throughput", options.trainer, args.env_id.replace("/", "-"), options.tag]))
     path = options.output or ROOT / "benchmarks" / "results" / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"record {path}")
 

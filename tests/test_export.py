@@ -7,8 +7,10 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -124,6 +126,23 @@ def test_whatever_differs_from_pytorch_is_found(place, batch, probe, capsys):
     with pytest.raises(SystemExit, match="1"):
         exporter.check_parity(right, {"file": wrong}, probes, None)
     assert f"file: {what}" in capsys.readouterr().err
+
+
+def test_a_large_logit_elsewhere_excuses_no_action(capsys):
+    """What counts as a tie is a matter of its own row."""
+    exporter = load(ROOT / "export_policy.py")
+
+    def right(obs):
+        logits = np.stack([np.zeros(len(obs)), np.where(np.arange(len(obs)) == 0, 1e6, 0.5)], 1)
+        return [logits, logits[:, 0], logits.argmax(1)]
+
+    def wrong(obs):
+        logits, value, action = right(obs)
+        return [logits, value, np.where(np.arange(len(obs)) == 1, 0, action)]
+
+    with pytest.raises(SystemExit, match="1"):
+        exporter.check_parity(right, {"file": wrong}, [np.zeros((256, 1), np.float32)], None)
+    assert "file: actions differ" in capsys.readouterr().err
 
 
 def test_a_wrong_weight_does_not_pass(run_dir, tmp_path, monkeypatch, capsys):
@@ -301,7 +320,46 @@ def test_an_operator_without_a_translation_is_named(run_dir, tmp_path):
     done = export(tmp_path / "run")
     line = done.stderr.splitlines()[-1]
     assert done.returncode == 1 and line.startswith("error: the network cannot be written as onnx")
+    assert "svd" in line
     assert not any((tmp_path / "run" / name).exists() for name in FILES)
+
+
+def test_a_network_with_dropout_plays_and_leaves_no_cache(run_dir, tmp_path):
+    """Its trainer's evaluation calls eval() and train(); the run folder gets nothing but what was asked for."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    source = tmp_path / "run" / "ppo_clip_discrete.py"
+    text = source.read_text().replace("features = self.encoder(x)", "features = self.encoder(self.dropout(x))")
+    text = text.replace(
+        "        self.policy_head = ", "        self.dropout = nn.Dropout(0.5)\n        self.policy_head = "
+    )
+    text = text.replace(
+        "    envs = make_envs(args, episodes)\n", "    envs = make_envs(args, episodes)\n    agent.eval()\n"
+    )
+    assert text.count("dropout") == 2 and text.count("agent.eval()") == 1
+    source.write_text(text)
+    before = {path.name for path in (tmp_path / "run").iterdir()}
+    done = export(tmp_path / "run", "--formats", "onnx", "--evaluate", "2", "--output-dir", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(run_dir, tmp_path, number):
+    command = [
+        sys.executable,
+        str(ROOT / "export_policy.py"),
+        str(run_dir),
+        "--output-dir",
+        str(tmp_path),
+        "--benchmark",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob(".export-*/policy.onnx")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == 130 and process.stderr.read() == "error: interrupted\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_source_of_another_name_exports(run_dir, tmp_path):
@@ -320,6 +378,10 @@ def test_observations_are_probed_within_their_space():
     assert {x.max() for x in pixels[2:]} <= {254, 255}
     vectors = exporter.probes(np.zeros((2, 1), np.float32), gym.spaces.Box(-np.inf, np.inf, (1,)))
     assert [x.min() for x in vectors[2:3]] == [-100] and [x.max() for x in vectors[2:3]] == [100]
+    numbers = exporter.probes(np.zeros((2, 3), np.int8), gym.spaces.Box(-128, 127, (3,), np.int8))
+    assert numbers[2].min() == -128 and numbers[2].max() == 127
+    far = exporter.probes(np.full((256, 1), 550, np.float32), gym.spaces.Box(500, 600, (1,)))
+    assert all(x.min() >= 500 and x.max() <= 600 for x in far)
 
 
 def test_actions_count_from_the_environments_first():
@@ -332,6 +394,9 @@ def test_actions_count_from_the_environments_first():
     assert exporter.describe_actions(envs) == {"first_action": 1, "action_meanings": ["1", "2"]}
     one = SimpleNamespace(single_action_space=space)  # a vector environment that is not made of others
     assert exporter.describe_actions(one) == {"first_action": 1, "action_meanings": ["1", "2"]}
+    box = SimpleNamespace(action_space=gym.spaces.Box(-1, 1), get_action_meanings=lambda: ["only", "three", "names"])
+    wrapped = SimpleNamespace(single_action_space=gym.spaces.Discrete(2), envs=[SimpleNamespace(unwrapped=box)])
+    assert exporter.describe_actions(wrapped) == {"first_action": 0, "action_meanings": ["0", "1"]}
 
 
 IMPALA = """
