@@ -17,6 +17,7 @@ import json
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import tempfile
@@ -548,9 +549,11 @@ def parse_args() -> Args:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
-        rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
-        fail(f"{' '.join(lines[:rule])} (see --help)")
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", errors.getvalue())  # without a terminal's colours
+        lines = [line.strip("│| ") for line in plain.splitlines()[1:]]
+        ruled = [not line.strip("─╰╯-+") for line in lines]
+        begin = ruled.index(False)
+        fail(f"{' '.join(lines[begin : ruled.index(True, begin)])} (see --help)")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ import os
 import platform
 import queue
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -254,8 +255,8 @@ def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv
         env_id = f"ALE/{env_id.removesuffix('NoFrameskip-v4')}-v5"
     try:
         spec = gym.spec(env_id)
-    except Exception as error:
-        fail(f"--env-id {args.env_id} is not known: {error}")
+    except Exception:
+        fail(f"--env-id {args.env_id} is not known: it must be ALE/<Game>-v5 or <Game>NoFrameskip-v4, as ALE/Pong-v5")
     if spec.vector_entry_point != "ale_py.vector_env:AtariVectorEnv":
         games = "ALE/<Game>-v5 or <Game>NoFrameskip-v4"
         fail(f"--env-id {args.env_id} is not {games}: ppo_clip_discrete.py trains what is no Atari game")
@@ -875,6 +876,7 @@ def load_checkpoint(run_dir: Path) -> dict | None:
         return state
     if damaged:
         fail(f"{run_dir} has no good checkpoint: {' and '.join(damaged)} damaged; start a new run")
+    print(f"warning: {run_dir} has no checkpoint yet: the run begins again", file=sys.stderr)
     return None
 
 
@@ -922,7 +924,7 @@ def lock_run_dir(run_dir: Path) -> Path:
 
 def open_run(args: Args) -> Path:
     """Creates the run folder with arguments, versions and this very source in it, or finds the one to resume."""
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
     source = Path(__file__).read_bytes()
     snapshot, record_path = run_dir / Path(__file__).name, run_dir / "args.json"
@@ -970,13 +972,16 @@ def start_wandb(args: Args, run_dir: Path) -> None:
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            config=dataclasses.asdict(args),
-            sync_tensorboard=True,
-        )
+        try:
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=run_dir.name,
+                config=dataclasses.asdict(args),
+                sync_tensorboard=True,
+            )
+        except Exception as error:
+            fail(f"--track: {error}; then go on with --resume {run_dir}", code=1)
 
 
 def cli(default: Args) -> Args:
@@ -988,9 +993,11 @@ def cli(default: Args) -> Args:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
-        rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
-        fail(f"{' '.join(lines[:rule])} (see --help)")
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", errors.getvalue())  # without a terminal's colours
+        lines = [line.strip("│| ") for line in plain.splitlines()[1:]]
+        ruled = [not line.strip("─╰╯-+") for line in lines]
+        begin = ruled.index(False)
+        fail(f"{' '.join(lines[begin : ruled.index(True, begin)])} (see --help)")
 
 
 def parse_args() -> Args:
@@ -1015,7 +1022,8 @@ def parse_args() -> Args:
         args = cli(saved)
         for name, old in dataclasses.asdict(saved).items():
             new = getattr(args, name)
-            if old != new and name != "cuda" and not (name == "total_timesteps" and new > old):
+            free = name in ("cuda", "eval_episodes", "capture_video")  # no part of the training
+            if old != new and not free and not (name == "total_timesteps" and new > old):
                 fail(f"--{name.replace('_', '-')} {new} contradicts the run's {old}: leave it out or start anew")
     check(args)
     return args
@@ -1026,6 +1034,7 @@ def check(args: Args) -> None:
     inf, world, batch_size, M = math.inf, ranks()[1], args.batch_size, args.num_minibatches
     rules = [
         (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
+        (args.resume != "" and args.run_dir != "", "--resume and --run-dir need the name of a folder"),
         (args.checkpoint_interval >= 1, "--checkpoint-interval must be at least 1"),
         (args.eval_episodes >= 0, "--eval-episodes must be 0 or more"),
         (args.num_envs >= 1, "--num-envs must be at least 1"),
@@ -1169,6 +1178,9 @@ def train(args: Args) -> None:
     envs = make_groups(args, device)
     agent = Agent(envs[0]).to(device)
     agent.bf16 = args.bf16 and device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+    most = math.log(int(envs[0].single_action_space.n))
+    if args.target_entropy is not None and args.target_entropy >= most:
+        fail(f"--target-entropy must be below {most:.3f}, the entropy of the uniform policy")
     rollout = Rollout(args, envs[0], device)
     optimizer = ClippedAdam(agent, args)
     mine = slice(rank * args.local_envs, (rank + 1) * args.local_envs)  # this rank's environments

@@ -27,6 +27,7 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -202,6 +203,7 @@ class Agent(nn.Module):
         num_inputs = int(space.n) if self.one_hot else math.prod(space.shape)
         self.obs_stats = RunningStats((num_inputs,))
         self.return_stats = RunningStats()
+        self.register_buffer("obs_limit", torch.full((), 10.0))  # of normalised observations
         self.register_buffer("temperature", torch.ones(()))  # of the policy; `train` lowers it
         self.encoder = nn.Sequential(
             layer_init(nn.Linear(num_inputs, hidden)), nn.Tanh(), layer_init(nn.Linear(hidden, hidden)), nn.Tanh()
@@ -214,7 +216,7 @@ class Agent(nn.Module):
             x = F.one_hot(obs - self.one_hot[0], self.one_hot[1]).float()
         else:
             x = (obs.flatten(1) - self.obs_stats.mean) * torch.rsqrt(self.obs_stats.var + 1e-8)
-            x = x.clamp(-10.0, 10.0)
+            x = x.clamp(-self.obs_limit, self.obs_limit)
         features = self.encoder(x)
         return self.policy_head(features) / self.temperature, self.value_head(features).squeeze(-1)
 
@@ -230,15 +232,27 @@ class Replayable(gym.Wrapper):
         if seed is not None:
             self.unwrapped.np_random, _ = seeding.np_random(seed)
         self.start, self.actions = self.unwrapped.np_random.bit_generator.state, array.array("q")
-        return self.env.reset(seed=seed, options=options)[0], {}
+        return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
         self.actions.append(action)
         obs, reward, terminated, truncated, _ = self.env.step(action)
-        return np.array(obs), reward, terminated, truncated, {}  # a copy: the reset may write into the same array
+        return self.checked(obs), reward, terminated, truncated, {}
+
+    def checked(self, obs) -> np.ndarray:
+        """A copy, since the reset may write into the same array."""
+        space = self.observation_space
+        if isinstance(space, gym.spaces.Discrete) and not space.start <= obs < space.start + space.n:
+            raise ValueError(f"the observation {obs} is outside {space}")
+        return np.array(obs)
+
+    def close(self):
+        with contextlib.suppress(Exception):  # nothing is left to lose
+            self.env.close()
 
     def state_dict(self) -> dict:
-        return {"start": json.dumps(self.start), "actions": torch.tensor(self.actions, dtype=torch.int64)}
+        start = json.dumps(self.start, default=np.ndarray.tolist)
+        return {"start": start, "actions": torch.from_numpy(np.array(self.actions))}
 
     def load_state_dict(self, state: dict, obs: np.ndarray) -> bool:
         """Replays the episode; returns whether it ended up at `obs` (*shape) again."""
@@ -268,8 +282,9 @@ def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
         env = make_env()
         if rendering:
             env.reset()
-            if not isinstance(env.render(), np.ndarray):
-                raise TypeError("render() gives no picture")
+            picture = env.render()
+            if not isinstance(picture, np.ndarray) or picture.ndim != 3:
+                raise TypeError("render() gives no picture (height, width, 3)")
         env.close()
     except Exception as error:
         film = " for --capture-video" * bool(rendering)
@@ -365,7 +380,8 @@ class Episodes:
         obs = torch.stack([s["obs"] for s in states]).numpy()
         played = [e.load_state_dict(s["environment"], o) for e, s, o in zip(self.envs.envs, states, obs)]
         if not all(played):
-            print("warning: the environments are not reproducible from np_random and actions: episodes restart")
+            warning = "the environments are not reproducible from np_random and actions: episodes restart"
+            print(f"warning: {warning}", file=sys.stderr)
             with environments():
                 self.obs = self.envs.reset()[0].copy()
             return
@@ -685,7 +701,7 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
     generator = torch.Generator(device).manual_seed(args.seed)
     frames, over = [], False
     while not over:
-        frames.append(envs.render()[0])
+        frames.append(np.array(envs.render()[0]))  # a copy: it may be drawn over
         logits, _ = agent(to_tensor(obs, device))
         obs, _, terminated, truncated, _ = step(envs, sample(logits, generator))
         over = terminated[0] or truncated[0]
@@ -845,6 +861,7 @@ def load_checkpoint(run_dir: Path) -> dict | None:
         return state
     if damaged:
         fail(f"{run_dir} has no good checkpoint: {' and '.join(damaged)} damaged; start a new run")
+    print(f"warning: {run_dir} has no checkpoint yet: the run begins again", file=sys.stderr)
     return None
 
 
@@ -892,7 +909,7 @@ def lock_run_dir(run_dir: Path) -> Path:
 
 def open_run(args: Args) -> Path:
     """Creates the run folder with arguments, versions and this very source in it, or finds the one to resume."""
-    name = f"{args.env_id.replace('/', '-').replace(':', '-')}__{args.exp_name}__{args.seed}__{time.time():.6f}"
+    name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
     source = Path(__file__).read_bytes()
     snapshot, record_path = run_dir / Path(__file__).name, run_dir / "args.json"
@@ -940,13 +957,16 @@ def start_wandb(args: Args, run_dir: Path) -> None:
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run_dir.name,
-            config=dataclasses.asdict(args),
-            sync_tensorboard=True,
-        )
+        try:
+            wandb.init(
+                project=args.wandb_project_name,
+                entity=args.wandb_entity,
+                name=run_dir.name,
+                config=dataclasses.asdict(args),
+                sync_tensorboard=True,
+            )
+        except Exception as error:
+            fail(f"--track: {error}; then go on with --resume {run_dir}", code=1)
 
 
 def cli(default: Args) -> Args:
@@ -958,9 +978,11 @@ def cli(default: Args) -> Args:
     except SystemExit as stop:
         if not stop.code:
             raise
-        lines = [line.strip("│ ") for line in errors.getvalue().splitlines()[1:]]
-        rule = next((i for i, line in enumerate(lines) if set(line) <= set("─╰╯")), len(lines))
-        fail(f"{' '.join(lines[:rule])} (see --help)")
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", errors.getvalue())  # without a terminal's colours
+        lines = [line.strip("│| ") for line in plain.splitlines()[1:]]
+        ruled = [not line.strip("─╰╯-+") for line in lines]
+        begin = ruled.index(False)
+        fail(f"{' '.join(lines[begin : ruled.index(True, begin)])} (see --help)")
 
 
 def parse_args() -> Args:
@@ -985,7 +1007,8 @@ def parse_args() -> Args:
         args = cli(saved)
         for name, old in dataclasses.asdict(saved).items():
             new = getattr(args, name)
-            if old != new and name != "cuda" and not (name == "total_timesteps" and new > old):
+            free = name in ("cuda", "eval_episodes", "capture_video")  # no part of the training
+            if old != new and not free and not (name == "total_timesteps" and new > old):
                 fail(f"--{name.replace('_', '-')} {new} contradicts the run's {old}: leave it out or start anew")
     check(args)
     return args
@@ -996,6 +1019,7 @@ def check(args: Args) -> None:
     inf, world, batch_size, M = math.inf, ranks()[1], args.batch_size, args.num_minibatches
     rules = [
         (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
+        (args.resume != "" and args.run_dir != "", "--resume and --run-dir need the name of a folder"),
         (args.checkpoint_interval >= 1, "--checkpoint-interval must be at least 1"),
         (args.eval_episodes >= 0, "--eval-episodes must be 0 or more"),
         (args.num_envs >= 1, "--num-envs must be at least 1"),
@@ -1138,6 +1162,11 @@ def train(args: Args) -> None:
         make_envs(args, 1, render_mode="rgb_array").close()  # fail now, not after training
     envs = make_envs(args, args.local_envs)
     agent = Agent(envs).to(device)
+    if not args.norm_obs:
+        agent.obs_limit.fill_(torch.finfo(torch.float32).max)
+    most = math.log(int(envs.single_action_space.n))
+    if args.target_entropy is not None and args.target_entropy >= most:
+        fail(f"--target-entropy must be below {most:.3f}, the entropy of the uniform policy")
     rollout = Rollout(args, envs, device)
     optimizer = ClippedAdam(agent, args)
     mine = slice(rank * args.local_envs, (rank + 1) * args.local_envs)  # this rank's environments

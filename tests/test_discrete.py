@@ -463,6 +463,85 @@ def test_reward_is_scaled_by_the_deviation_of_the_discounted_return(script):
     np.testing.assert_allclose(rollout.rewards.numpy(), 1 / returns.std(), rtol=1e-5)
 
 
+class Lost(gym.Env):
+    """Its third state is outside its space; draws with a generator of another kind; cannot be closed."""
+
+    observation_space = gym.spaces.Discrete(3, start=-1)
+    action_space = gym.spaces.Discrete(2)
+
+    def __init__(self, lost=True):
+        self.lost = lost
+
+    def reset(self, *, seed=None, options=None):
+        self.np_random = np.random.Generator(np.random.MT19937(seed))
+        self.state = -1
+        return self.state, {}
+
+    def step(self, action):
+        self.state += 1
+        return self.state, self.np_random.random(), not self.lost and self.state == 1, False, {}
+
+    def close(self):
+        raise OSError("the port is closed already")
+
+
+gym.register("Lost-v0", Lost)
+gym.register("Found-v0", lambda: Lost(lost=False))
+
+
+def test_an_observation_outside_its_space(script, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        script.train(tiny(script, env_id="Lost-v0", run_dir=str(tmp_path / "run")))
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and "observation 2 is outside Discrete(3" in err
+
+
+def test_another_generator_and_an_environment_that_cannot_be_closed(script, tmp_path):
+    script.train(tiny(script, env_id="Found-v0", eval_episodes=2, run_dir=str(tmp_path / "run")))
+    assert (tmp_path / "run" / "result.json").exists()
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["episodes"][0]["environment"]
+    assert json.loads(state["start"])["bit_generator"] == "MT19937"
+
+
+@pytest.mark.parametrize("norm_obs", [True, False])
+def test_only_normalised_observations_are_clipped(script, tmp_path, norm_obs):
+    script.train(tiny(script, norm_obs=norm_obs, run_dir=str(tmp_path / "run")))
+    agent = script.Agent(script.make_envs(tiny(script), 1))
+    agent.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"])
+    agent.encoder, agent.policy_head, agent.value_head = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Linear(4, 1)
+    near, far = (agent(torch.full((1, 4), x))[0].abs().max().item() for x in (1e3, 1e4))
+    assert (near == far == pytest.approx(10 / agent.temperature.item())) == norm_obs and (far > 1e4) == (not norm_obs)
+
+
+def test_more_entropy_than_there_is_cannot_be_asked_for(script, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        script.train(tiny(script, target_entropy=0.7, run_dir=str(tmp_path / "run")))
+    assert "--target-entropy must be below 0.693" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_film_of_one_canvas(script, tmp_path, monkeypatch):
+    """An environment may draw all its pictures into one array."""
+    canvas = np.zeros((16, 16, 3), np.uint8)
+
+    def render(self):
+        canvas[:] = np.minimum(canvas + 20.0, 250)
+        return canvas
+
+    monkeypatch.setattr(Drifting, "render", render)
+    seen = []
+    monkeypatch.setattr(
+        "moviepy.ImageSequenceClip", lambda frames, fps: seen.extend(f.mean() for f in frames) or Film()
+    )
+    args = tiny(script, env_id="Drifting-v0")
+    script.record_video(script.Agent(script.make_envs(args, 1)), args, tmp_path / "video.mp4", CPU)
+    assert len(seen) > 2 and len(set(seen[:3])) == 3
+
+
+class Film:
+    def write_videofile(self, path, logger):
+        pass
+
+
 def test_a_film_of_actions_that_begin_at_one(script, tmp_path):
     args = tiny(script, env_id="Drifting-v0", total_timesteps=256, eval_episodes=2, capture_video=True)
     script.train(dataclasses.replace(args, run_dir=str(tmp_path / "run")))

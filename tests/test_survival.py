@@ -9,6 +9,7 @@ import pickle
 import pty
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -430,6 +431,51 @@ def test_full_disk_while_tensorboard_writes(tmp_path):
     assert process.returncode == 1, err
     assert err.count("\n") == 1 and "TensorBoard" in err and "Traceback" not in err
     assert checkpoint(tmp_path / "run")["iteration"] % 20 == 0
+
+
+# The command line
+
+
+@pytest.mark.parametrize("path", [DISCRETE, ATARI, EXPORT], ids=lambda path: path.stem)
+@pytest.mark.parametrize("flags", ["--seed x --formats x", "--nonsense 1"])
+def test_an_error_on_a_terminal_is_a_plain_line(path, flags):
+    """The command line's library draws coloured boxes there."""
+    master, slave = pty.openpty()
+    command = [sys.executable, str(path), *flags.split()]
+    done = subprocess.run(command, stdout=slave, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(slave)
+    os.close(master)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not set(done.stderr) & set("\x1b│─╭╰") and done.stderr.endswith("(see --help)\n")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--run-dir"])
+def test_an_empty_name_of_a_folder(discrete, tmp_path, monkeypatch, capsys, flag):
+    """As a job script has where its variable is not set."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ppo_clip_discrete.py", flag, ""])
+    with pytest.raises(SystemExit, match="2"):
+        discrete.parse_args()
+    assert "need the name of a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_a_finished_run_is_evaluated_anew_and_filmed(discrete, finished, tmp_path, monkeypatch):
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    before = checkpoint(run_dir)["agent"]
+    arguments = ["--resume", str(run_dir), "--eval-episodes", "3", "--capture-video"]
+    monkeypatch.setattr(sys, "argv", ["ppo_clip_discrete.py", *arguments])
+    discrete.train(discrete.parse_args())
+    assert json.loads((run_dir / "result.json").read_text())["eval_episodes"] == 3
+    assert (run_dir / "video.mp4").stat().st_size > 500
+    assert all(torch.equal(x, before[name]) for name, x in checkpoint(run_dir)["agent"].items())
+
+
+def test_a_resume_without_a_checkpoint_says_so(discrete, tmp_path, monkeypatch, capsys):
+    assert resume(discrete, tmp_path, monkeypatch, capsys)[:2] == (
+        None,
+        f"warning: {tmp_path} has no checkpoint yet: the run begins again\n",
+    )
 
 
 # Environments
