@@ -672,8 +672,8 @@ def test_environments_of_ones_own(script, tmp_path, monkeypatch, capsys, env_id,
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(tmp_path / "stopped")])
     script.train(script.parse_args())
-    out = capsys.readouterr().out
-    assert ("episodes restart" in out) != exact
+    err = capsys.readouterr().err
+    assert ("episodes restart" in err) != exact
     if exact:
         assert_equal(checkpoint(tmp_path / "stopped")["agent"], states[0]["agent"])
 
