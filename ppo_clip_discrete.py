@@ -228,6 +228,11 @@ class Replayable(gym.Wrapper):
     nothing here reads them, and `SyncVectorEnv` cannot batch all kinds.
     """
 
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space = env.observation_space
+        self.states = range(space.start, space.start + space.n) if isinstance(space, gym.spaces.Discrete) else None
+
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.unwrapped.np_random, _ = seeding.np_random(seed)
@@ -241,9 +246,8 @@ class Replayable(gym.Wrapper):
 
     def checked(self, obs) -> np.ndarray:
         """A copy, since the reset may write into the same array."""
-        space = self.observation_space
-        if isinstance(space, gym.spaces.Discrete) and not space.start <= obs < space.start + space.n:
-            raise ValueError(f"the observation {obs} is outside {space}")
+        if self.states is not None and int(obs) not in self.states:
+            raise ValueError(f"the observation {obs} is outside {self.observation_space}")
         return np.array(obs)
 
     def close(self):
