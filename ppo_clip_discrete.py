@@ -245,7 +245,7 @@ class Replayable(gym.Wrapper):
         return self.checked(obs), reward, terminated, truncated, {}
 
     def checked(self, obs) -> np.ndarray:
-        """A copy, since the reset may write into the same array."""
+        """`obs` as a copy, since the reset may write into its array. Outside a Discrete space it has no code."""
         if self.states is not None and int(obs) not in self.states:
             raise ValueError(f"the observation {obs} is outside {self.observation_space}")
         return np.array(obs)
@@ -260,8 +260,8 @@ class Replayable(gym.Wrapper):
 
     def load_state_dict(self, state: dict, obs: np.ndarray) -> bool:
         """Replays the episode; returns whether it ended up at `obs` (*shape) again."""
-        self.unwrapped.np_random.bit_generator.state = json.loads(state["start"])
         try:
+            self.unwrapped.np_random.bit_generator.state = json.loads(state["start"])
             reached, _ = self.reset()
             for action in state["actions"].numpy():
                 reached = self.step(action)[0]
@@ -1167,7 +1167,7 @@ def train(args: Args) -> None:
     envs = make_envs(args, args.local_envs)
     agent = Agent(envs).to(device)
     if not args.norm_obs:
-        agent.obs_limit.fill_(torch.finfo(torch.float32).max)
+        agent.obs_limit.fill_(torch.finfo(torch.float32).max)  # no limit, yet finite as all statistics have to be
     most = math.log(int(envs.single_action_space.n))
     if args.target_entropy is not None and args.target_entropy >= most:
         fail(f"--target-entropy must be below {most:.3f}, the entropy of the uniform policy")

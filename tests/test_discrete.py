@@ -473,7 +473,8 @@ class Lost(gym.Env):
         self.lost = lost
 
     def reset(self, *, seed=None, options=None):
-        self.np_random = np.random.Generator(np.random.MT19937(seed))
+        if seed is not None:
+            self.np_random = np.random.Generator(np.random.MT19937(seed))
         self.state = -1
         return self.state, {}
 
@@ -496,11 +497,22 @@ def test_an_observation_outside_its_space(script, tmp_path, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and "observation 2 is outside Discrete(3" in err
 
 
-def test_another_generator_and_an_environment_that_cannot_be_closed(script, tmp_path):
-    script.train(tiny(script, env_id="Found-v0", eval_episodes=2, run_dir=str(tmp_path / "run")))
+@pytest.mark.parametrize("num_steps, exact", [(3, True), (1, False)])
+def test_another_generator_and_an_environment_that_cannot_be_closed(
+    script, tmp_path, monkeypatch, capsys, num_steps, exact
+):
+    """The first episode begins before the environment has its own generator: it is not played again."""
+    sizes = {"num_steps": num_steps, "total_timesteps": 8 * num_steps, "eval_episodes": 2}
+    script.train(tiny(script, env_id="Found-v0", run_dir=str(tmp_path / "run"), **sizes))
     assert (tmp_path / "run" / "result.json").exists()
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["episodes"][0]["environment"]
-    assert json.loads(state["start"])["bit_generator"] == "MT19937"
+    state = checkpoint(tmp_path / "run")["episodes"][0]["environment"]
+    assert (json.loads(state["start"])["bit_generator"] == "MT19937") == exact
+    more = ["--resume", str(tmp_path / "run"), "--total-timesteps", str(16 * num_steps)]
+    monkeypatch.setattr(sys, "argv", [script.__file__, *more])
+    capsys.readouterr()
+    script.train(script.parse_args())
+    assert ("episodes restart" in capsys.readouterr().err) != exact
+    assert checkpoint(tmp_path / "run")["global_step"] == 16 * num_steps
 
 
 @pytest.mark.parametrize("norm_obs", [True, False])
@@ -548,8 +560,9 @@ def test_a_film_of_actions_that_begin_at_one(script, tmp_path):
     assert (tmp_path / "run" / "video.mp4").stat().st_size > 500
 
 
-def test_a_film_that_cannot_be_made_ends_the_run_before_it_trains(script, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(Drifting, "render", lambda self: None)
+@pytest.mark.parametrize("picture", [None, np.zeros((16, 16), np.uint8)], ids=["none", "grey"])
+def test_a_film_that_cannot_be_made_ends_the_run_before_it_trains(script, tmp_path, monkeypatch, capsys, picture):
+    monkeypatch.setattr(Drifting, "render", lambda self: picture)
     args = tiny(script, env_id="Drifting-v0", capture_video=True, run_dir=str(tmp_path / "run"))
     with pytest.raises(SystemExit, match="2"):
         script.train(args)

@@ -343,6 +343,26 @@ def test_a_network_with_dropout_plays_and_leaves_no_cache(run_dir, tmp_path):
     assert {path.name for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_attention_exports(run_dir, tmp_path):
+    """PyTorch's own check of a trace refuses it, for a difference far below the parity's tolerance."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    source = tmp_path / "run" / "ppo_clip_discrete.py"
+    new = "features = self.attend(*[self.encoder(x).unsqueeze(1)] * 3)[0].squeeze(1)"
+    text = source.read_text().replace("features = self.encoder(x)", new)
+    attend = "        self.attend = nn.MultiheadAttention(64, 2, batch_first=True)\n"
+    source.write_text(text.replace("        self.policy_head = ", f"{attend}        self.policy_head = "))
+    exporter = load(ROOT / "export_policy.py")
+    state, _ = exporter.load_checkpoint(tmp_path / "run")
+    agent = load(source)
+    envs = agent.make_envs(agent.Args(), 1)
+    data = io.BytesIO()
+    torch.save(state | {"agent": agent.Agent(envs).state_dict()}, data)
+    whole = data.getvalue() + hashlib.sha256(data.getvalue()).digest()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(whole)
+    done = export(tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(run_dir, tmp_path, number):
     command = [

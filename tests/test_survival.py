@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -457,6 +458,22 @@ def test_an_empty_name_of_a_folder(discrete, tmp_path, monkeypatch, capsys, flag
     with pytest.raises(SystemExit, match="2"):
         discrete.parse_args()
     assert "need the name of a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_no_name_leaves_the_folder_of_runs(discrete, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert discrete.open_run(discrete.Args(exp_name="../../a/b")).parent == discrete.Path("runs")
+
+
+def test_weights_and_biases_without_a_login(discrete, monkeypatch, capsys):
+    def init(**_):
+        raise RuntimeError("no API key\nsee wandb login")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
+    with pytest.raises(SystemExit, match="1"):
+        discrete.start_wandb(discrete.Args(track=True), discrete.Path("runs/x"))
+    err = capsys.readouterr().err
+    assert err.startswith("error: --track: no API key") and err.count("\n") == 1 and "--resume runs/x" in err
 
 
 def test_a_finished_run_is_evaluated_anew_and_filmed(discrete, finished, tmp_path, monkeypatch):
