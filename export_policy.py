@@ -133,11 +133,13 @@ def load_checkpoint(run_dir: Path) -> tuple[dict, str]:
     fail(f"{run_dir} has no good checkpoint" if paths else f"{run_dir} has no checkpoint yet: train it first")
 
 
-def load_trainer(path: Path) -> ModuleType:
+def load_trainer(path: Path, record: dict) -> ModuleType:
     """Runs the run's own source, for its `Agent`, `Args` and `make_envs`."""
     say(f"running the code in {path} to build the network")
     module = sys.modules["run_source"] = ModuleType("run_source")  # dataclasses look their module up
     module.__file__ = str(path)
+    beside = [str(Path(script).resolve().parent) for script in record.get("command", [])[:1]]
+    sys.path.extend(beside)  # a module that registers the environment may lie beside the script that trained
     try:
         exec(compile(path.read_bytes(), path, "exec"), vars(module))  # an import would write __pycache__ beside it
     except Exception as error:
@@ -419,18 +421,25 @@ def load_score(run_dir: Path, global_step: int) -> dict:
     return {k: result.get(k) if fits else None for k in keys} | {"actions": "sampled"}
 
 
-def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, atari: bool, actions: dict) -> dict:
+def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, envs) -> dict:
     """What a deployer must know of the policy: in policy.json and inside the ONNX files."""
-    if atari:
+    if hasattr(envs, "ale"):
+        stack = envs.single_observation_space.shape[0]
         preprocessing = {
             "inside_the_graph": "scaling or running normalisation of each pixel",
-            "before_the_graph": "84x84 grey frames, each the maximum of the last two of 4; 4 stacked, oldest first",
+            "before_the_graph": f"84x84 grey frames, each the maximum of the last two of 4; {stack} of them, oldest first",
             "frame_skip": 4,
             "repeat_action_probability": run_args.stickiness,
         }
         units = "discounted sum of rewards clipped to [-1, 1]"
     else:
-        preprocessing = {"inside_the_graph": "running normalisation or one-hot encoding", "before_the_graph": "none"}
+        spec = envs.envs[0].spec if hasattr(envs, "envs") else None
+        wrappers = [wrapper.name for wrapper in spec.additional_wrappers] if spec else []
+        of_source = ", ".join(name for name in wrappers if name not in ("Replayable", "TransformAction"))
+        preprocessing = {
+            "inside_the_graph": "running normalisation or one-hot encoding",
+            "before_the_graph": of_source or "none",  # Gymnasium's wrappers that the source adds
+        }
         units = "discounted sum of rewards"
         variance = state["agent"].get("return_stats.var") if getattr(run_args, "norm_reward", False) else None
         if variance is not None:
@@ -440,7 +449,7 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, at
         "seed": run_args.seed,
         "global_step": state["global_step"],
         "score": load_score(run_dir, state["global_step"]),
-        **actions,
+        **describe_actions(envs),
         "preprocessing": preprocessing,
         "value_units": units,
         "checkpoint_sha256": sha256,
@@ -479,17 +488,16 @@ def export(args: Args) -> None:
     state, checkpoint_sha256 = load_checkpoint(run_dir)
     torch.manual_seed(1)
     source = (run_dir / Path(record["script"]).name).resolve()
-    trainer = load_trainer(source)
+    trainer = load_trainer(source, record)
     try:
         run_args = trainer.Args(**record["args"])
         envs = trainer.make_envs(run_args, 1)
         agent = trainer.Agent(envs)
         agent.load_state_dict(state["agent"])
-        policy, actions, atari = Policy(agent).eval(), describe_actions(envs), hasattr(envs, "ale")
+        policy, about = Policy(agent).eval(), describe(run_dir, run_args, record, state, checkpoint_sha256, envs)
         num_actions, space = int(envs.single_action_space.n), envs.single_observation_space
         envs.close()
         obs = rollout(trainer, agent, run_args, 10_000 if args.quantize else 512)
-        about = describe(run_dir, run_args, record, state, checkpoint_sha256, atari, actions)
     except Exception as error:
         fail(f"{source} cannot rebuild its network and play: {type(error).__name__}: {error}")
     uniform = torch.rand(len(obs), num_actions).clamp(1e-6, 1 - 1e-6) if args.stochastic else None

@@ -64,6 +64,7 @@ from torch.optim.adam import adam
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+STACK = 4  # frames that the network sees
 ENT_COEF_BOUNDS = (1e-5, 0.5)  # range of c2 under --target-entropy
 ENT_COEF_RATE = 0.5  # step size of log c2 per iteration, times the relative shortfall 1 - entropy / target
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank under torchrun waits for the others
@@ -218,7 +219,7 @@ class Agent(nn.Module):
         self.obs_stats = RunningStats(envs.single_observation_space.shape[1:])  # of each pixel
         self.obs_stats.var.fill_(255.0**2)  # until its first update, and for good without --norm-obs: pixels / 255
         self.encoder = nn.Sequential(
-            layer_init(nn.Conv2d(4, 32, 8, stride=4)),
+            layer_init(nn.Conv2d(STACK, 32, 8, stride=4)),
             nn.ReLU(),
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
             nn.ReLU(),
@@ -265,6 +266,7 @@ def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv
     return gym.make_vec(
         env_id,
         num_envs=num_envs,
+        stack_num=STACK,
         autoreset_mode=AutoresetMode.SAME_STEP,
         num_threads=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
         repeat_action_probability=args.stickiness,
@@ -301,8 +303,8 @@ class Rollout:
         T, N, A = args.num_steps, args.local_envs, int(envs.single_action_space.n)
         picture = envs.single_observation_space.shape[1:]  # (84, 84)
         self.idx = torch.arange((T + 1) * N, device=device).view(T + 1, N)  # (T+1, N) flat index t * N + n
-        # (T+5, N, 84, 84): rows 0-2 precede the rollout, row t+3 holds step t's newest frame, the last row is black
-        self.frames = torch.zeros((T + 5, N, *picture), dtype=torch.uint8, device=device)
+        # (T+STACK+1, N, 84, 84): STACK-1 rows from before the rollout, each step's newest frame, a black row
+        self.frames = torch.zeros((T + STACK + 1, N, *picture), dtype=torch.uint8, device=device)
         self.history = torch.zeros((T + 1, N), dtype=torch.int64, device=device)  # earlier frames of the same game
         pinned = device.type == "cuda"  # so that copying the next two to the GPU is asynchronous
         self.newest = torch.zeros((N, *picture), dtype=torch.uint8, pin_memory=pinned)  # on the host
@@ -320,8 +322,8 @@ class Rollout:
     def observations(self, idx: Tensor) -> Tensor:
         """Stacks (B, 4, 84, 84) of the transitions `idx` (B,), flat indices; black before a game's start."""
         num_envs = self.frames.shape[1]
-        age = torch.arange(3, -1, -1, device=idx.device)  # of the stack's frames, oldest first
-        row = idx.unsqueeze(1) // num_envs + 3 - age
+        age = torch.arange(STACK - 1, -1, -1, device=idx.device)  # of the stack's frames, oldest first
+        row = idx.unsqueeze(1) // num_envs + STACK - 1 - age
         row = torch.where(age <= self.history.flatten()[idx].unsqueeze(1), row, len(self.frames) - 1)
         frame = row * num_envs + idx.unsqueeze(1) % num_envs  # (B, 4)
         return self.frames.flatten(0, 1).index_select(0, frame.flatten()).unflatten(0, frame.shape)
@@ -418,22 +420,22 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
     rewards = np.zeros((T, N), dtype=np.float32)
     terminated, truncated = np.zeros((2, T, N), dtype=bool)
     history = rollout.host_history.numpy()
-    history[0] = 3  # rows 0-2 are the emulator's, already black before a game's start
+    history[0] = STACK - 1  # the rows before are the emulator's, black before a game's start
     final_obs = {}  # (t, n) of a truncated game -> its last observation
     rollout.noise.exponential_()  # drawn up front: no action depends on the order of arrival
 
     def answer(group: int, t: int) -> None:
         """pi_old acts on what the games of `group` show at step t."""
         part = episodes.groups[group][1]
-        rollout.newest[part] = torch.from_numpy(episodes.obs[group][:, 3])
-        rollout.frames[t + 3, part].copy_(rollout.newest[part], non_blocking=True)
+        rollout.newest[part] = torch.from_numpy(episodes.obs[group][:, -1])
+        rollout.frames[t + STACK - 1, part].copy_(rollout.newest[part], non_blocking=True)
         rollout.history[t, part].copy_(rollout.host_history[t, part], non_blocking=True)
         actions = act(agent, rollout, rollout.idx[t, part])
         if t < T:
             episodes.send(group, actions.cpu().numpy())
 
     for group, (_, part) in enumerate(episodes.groups):
-        rollout.frames[:3, part] = to_tensor(episodes.obs[group][:, :3], device).transpose(0, 1)
+        rollout.frames[: STACK - 1, part] = to_tensor(episodes.obs[group][:, :-1], device).transpose(0, 1)
         answer(group, 0)
     steps = [0] * len(episodes.groups)  # played by each group
     while min(steps) < T:
@@ -441,7 +443,7 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
         part, t = episodes.groups[group][1], steps[group]
         rewards[t, part], terminated[t, part], truncated[t, part] = reward.clip(-1, 1), lost, cut
         over = episodes.add(group, reward, info["episode_frame_number"])
-        history[t + 1, part] = np.where(over, 0, np.minimum(history[t, part] + 1, 3))
+        history[t + 1, part] = np.where(over, 0, np.minimum(history[t, part] + 1, STACK - 1))
         for n in np.flatnonzero(cut & ~lost):
             final_obs[t, part.start + int(n)] = info["final_obs"][n]
         episodes.obs[group] = obs
@@ -1231,7 +1233,7 @@ def train(args: Args) -> None:
             )
 
         if args.norm_obs:  # only between iterations: pi_old and pi must see the same inputs
-            some = rollout.frames[3 : args.num_steps + 3 : max(1, args.num_steps // 8)]  # at least 8 steps, or all
+            some = rollout.frames[STACK - 1 : -2 : max(1, args.num_steps // 8)]  # at least 8 steps, or all
             agent.obs_stats.update(some.flatten(0, 1))
 
         global_step = iteration * args.batch_size

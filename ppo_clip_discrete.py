@@ -215,7 +215,7 @@ class Agent(nn.Module):
         if self.one_hot:
             x = F.one_hot(obs - self.one_hot[0], self.one_hot[1]).float()
         else:
-            x = (obs.flatten(1) - self.obs_stats.mean) * torch.rsqrt(self.obs_stats.var + 1e-8)
+            x = (obs.flatten(1) - self.obs_stats.mean) * torch.rsqrt(self.obs_stats.var.clamp(min=1e-8))
             x = x.clamp(-self.obs_limit, self.obs_limit)
         features = self.encoder(x)
         return self.policy_head(features) / self.temperature, self.value_head(features).squeeze(-1)
@@ -276,11 +276,11 @@ def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
         fail(f"--env-id {args.env_id} is an Atari game: train it with ppo_clip_atari.py")
 
     def make_env() -> gym.Env:
-        env = gym.make(args.env_id, disable_env_checker=True, **rendering)
+        env = gym.make(args.env_id, disable_env_checker=True, **rendering)  # your wrappers go below this line
         space = env.action_space
         if isinstance(space, gym.spaces.Discrete) and space.start != 0:  # the network counts actions from 0
             env = gym.wrappers.TransformAction(env, lambda a: a + space.start, gym.spaces.Discrete(space.n))
-        return Replayable(env)
+        return Replayable(env)  # outermost: a checkpoint asks it
 
     try:
         env = make_env()
@@ -299,7 +299,8 @@ def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
     if not isinstance(space, gym.spaces.Discrete) and not (isinstance(space, gym.spaces.Box) and space.shape):
         fail(f"--env-id {args.env_id} has the observation space {space}: a Box or Discrete one is needed")
     if len(space.shape) == 3 and space.dtype == np.uint8:
-        fail(f"--env-id {args.env_id} gives images {space.shape}: copy ppo_clip_atari.py and change its make_envs")
+        how = "copy this script, give Agent a convolutional encoder and delete this check"
+        fail(f"--env-id {args.env_id} gives images {space.shape}: {how}")
     with environments():  # the first copy was made, a later one may fail
         return SyncVectorEnv([make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 

@@ -31,6 +31,9 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    script = config.getoption("--script")
+    if script and not Path(script).is_file():
+        raise pytest.UsageError(f"--script {script} is no file")
     config.addinivalue_line("markers", "slow: takes minutes, runs only where -m asks for it")
     config.addinivalue_line("markers", "gpu: needs a GPU")
     torch.set_num_threads(1)
@@ -71,8 +74,6 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def trainer(request):
     """Each trainer in turn, or the one that --script names."""
-    if not request.param.exists():
-        pytest.skip(f"{request.param.name} does not exist")
     return load(request.param)
 
 

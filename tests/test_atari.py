@@ -42,14 +42,14 @@ class ScriptedGame:
     with its own number, 1 for a new game's first.
     """
 
-    def __init__(self, script, num_envs=1):
+    def __init__(self, stack, script, num_envs=1):
         self.script, self.num_envs, self.k = script, num_envs, 0
-        self.single_observation_space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8)
+        self.single_observation_space = gym.spaces.Box(0, 255, (stack, 84, 84), np.uint8)
         self.single_action_space = gym.spaces.Discrete(3)
 
     def new_game(self):
-        self.frame, self.stack = 1, np.zeros((4, 84, 84), np.uint8)
-        self.stack[3] = 1
+        self.frame, self.stack = 1, np.zeros(self.single_observation_space.shape, np.uint8)
+        self.stack[-1] = 1
 
     def advance(self):
         self.frame += 1
@@ -104,7 +104,7 @@ class Recorder:
 
 def play(atari, script):
     args = tiny(atari, num_envs=1, num_steps=len(script), num_minibatches=1)
-    envs = ScriptedGame(script)
+    envs = ScriptedGame(atari.STACK, script)
     agent = atari.Agent(envs)
     episodes, rollout = atari.Episodes([envs], np.array([0])), atari.Rollout(args, envs, CPU)
     atari.collect(agent, episodes, rollout, args)
@@ -118,21 +118,21 @@ def test_life_loss_ends_the_bootstrap_and_not_the_game(atari):
     assert episodes.returns.tolist() == [1.0]
     assert rollout.rewards[:, 0].tolist() == [1, 0, 1, 1, 1]  # clipped for training
     assert rollout.terminated[:, 0].tolist() == [False, True, False, True, False]
-    assert rollout.history[:, 0].tolist() == [3, 3, 3, 3, 0, 1]  # a lost life leaves the stack alone
+    all_older = [atari.STACK - 1] * 4  # a lost life leaves the stack alone
+    assert rollout.history[:, 0].tolist() == [*all_older, 0, min(1, atari.STACK - 1)]
 
 
 def test_truncation_bootstraps_the_final_observation(atari):
     step, cut = (1, False, False, False), (1, False, True, True)
     agent, episodes, rollout = play(atari, [step, cut, step])
     assert episodes.take_ended() == [(2.0, 2)]
-    final = torch.zeros(1, 4, 84, 84, dtype=torch.uint8)
-    final[0] = torch.tensor([0, 1, 2, 3]).reshape(4, 1, 1)
+    final = torch.arange(4 - atari.STACK, 4).clamp(min=0).to(torch.uint8)[None, :, None, None].expand(1, -1, 84, 84)
     with torch.no_grad():
         v_final = agent(final)[1]
     torch.testing.assert_close(rollout.final_values[1], v_final)
     assert rollout.final_values[[0, 2]].abs().sum() == 0
     # the frame after the cut is the new game's: no transition joins the two games
-    assert rollout.frames[5, 0, 0, 0] == 1
+    assert rollout.frames[atari.STACK + 1, 0, 0, 0] == 1
     advantages, _ = atari.compute_gae(
         rollout.rewards, rollout.values, rollout.final_values, rollout.terminated, rollout.truncated, 0.5, 0.5
     )
@@ -209,7 +209,7 @@ def test_groups_play_what_one_group_plays(atari):
 def test_actions_follow_the_softmax_and_are_drawn_anew(atari):
     """In one state actions follow the softmax, and those of successive steps, also of rollouts, are independent."""
     args = tiny(atari, num_envs=100, num_steps=4)
-    envs = ScriptedGame(([(0, False, False, False)] * 159 + [(0, True, False, True)]) * 2, 100)
+    envs = ScriptedGame(atari.STACK, ([(0, False, False, False)] * 159 + [(0, True, False, True)]) * 2, 100)
     agent, rollout = atari.Agent(envs), atari.Rollout(args, envs, CPU)
     episodes = atari.Episodes([envs], np.arange(100))
     logits = torch.tensor([0.5, 0.0, -0.5])
@@ -255,7 +255,7 @@ def test_pixels_are_normalised_by_what_the_run_saw(atari, tmp_path, monkeypatch)
 
     def spy(agent, optimizer, rollout, *rest):
         steps = range(0, rollout.rewards.shape[0], max(1, rollout.rewards.shape[0] // 8))
-        seen.extend(rollout.frames[3 + t].numpy().copy() for t in steps)
+        seen.extend(rollout.frames[atari.STACK - 1 + t].numpy().copy() for t in steps)
         return update(agent, optimizer, rollout, *rest)
 
     monkeypatch.setattr(atari, "update", spy)
@@ -268,23 +268,27 @@ def test_pixels_are_normalised_by_what_the_run_saw(atari, tmp_path, monkeypatch)
     np.testing.assert_allclose(var, frames.var(0), rtol=1e-3, atol=1e-2)
     assert frames.var(0).max() > 1
 
-    agent = atari.Agent(atari.make_envs(args, 1))
+    agent, plain = (atari.Agent(atari.make_envs(args, 1)) for _ in range(2))
     agent.load_state_dict(state)
-    obs = torch.from_numpy(np.stack([frames[:4], frames[-4:]]).astype(np.uint8))
+    identity = {"obs_stats.mean": torch.zeros(84, 84), "obs_stats.var": torch.ones(84, 84)}
+    plain.load_state_dict(state | identity)
+    obs = torch.from_numpy(np.stack([frames[: atari.STACK], frames[-atari.STACK :]]).astype(np.uint8))
     pixels = np.clip((obs.numpy() - mean) / np.sqrt(np.maximum(var, 1)), -5, 5)
     with torch.no_grad():
-        expected = agent.policy_head(agent.encoder(torch.from_numpy(pixels).float()))
-        torch.testing.assert_close(agent(obs)[0], expected, rtol=1e-3, atol=1e-5)
+        for output, expected in zip(agent(obs), plain(torch.from_numpy(pixels).float())):  # logits, values
+            torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-5)
 
 
 def test_without_norm_obs_pixels_are_divided_by_255(atari, tmp_path):
     atari.train(tiny(atari, norm_obs=False, cuda=False, eval_episodes=0, run_dir=str(tmp_path / "run")))
-    agent = atari.Agent(atari.make_envs(tiny(atari), 1))
-    agent.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"])
-    obs = torch.randint(0, 256, (2, 4, 84, 84), dtype=torch.uint8)
+    agent, plain = (atari.Agent(atari.make_envs(tiny(atari), 1)) for _ in range(2))
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
+    agent.load_state_dict(state)
+    plain.load_state_dict(state | {"obs_stats.var": torch.ones(84, 84)})
+    obs = torch.randint(0, 256, (2, atari.STACK, 84, 84), dtype=torch.uint8)
     with torch.no_grad():
-        expected = agent.policy_head(agent.encoder(obs.float() / 255))
-        torch.testing.assert_close(agent(obs)[0], expected, rtol=1e-3, atol=1e-5)
+        for output, expected in zip(agent(obs), plain(obs.float() / 255)):
+            torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("num_envs, sizes", [(64, [16] * 4), (34, [17] * 2), (8, [4] * 2), (7, [7])])
@@ -311,14 +315,14 @@ def test_evaluation_counts_whole_games_unclipped(atari, monkeypatch):
     asked = []
 
     def scripted(args, num_envs):
-        envs = ScriptedGame([step, life, step, over, step, over], num_envs)
+        envs = ScriptedGame(atari.STACK, [step, life, step, over, step, over], num_envs)
         begin, played = envs.reset, envs.recv
         envs.reset = lambda seed: asked.extend(seed) or begin()
         envs.step = lambda actions: envs.send(actions) or played()
         envs.close = lambda: None
         return envs
 
-    agent = atari.Agent(ScriptedGame([]))
+    agent = atari.Agent(ScriptedGame(atari.STACK, []))
     monkeypatch.setattr(atari, "make_envs", scripted)
     assert atari.evaluate(agent, tiny(atari), 2, CPU) == [9.0, 9.0]  # over the lost life, to the end, with the 7
     assert not set(asked) & set(atari.env_seeds(1, 0, 64))
@@ -337,7 +341,7 @@ def test_ids_name_the_protocol(atari):
     assert tiny(atari, env_id="PongNoFrameskip-v4").stickiness == 0.0
     assert tiny(atari, repeat_action_probability=0.1).stickiness == 0.1
     envs = atari.make_envs(tiny(atari, env_id="PongNoFrameskip-v4"), 2)
-    assert envs.single_observation_space.shape == (4, 84, 84)
+    assert envs.single_observation_space.shape == (atari.STACK, 84, 84)
     assert envs.autoreset_mode == gym.vector.AutoresetMode.SAME_STEP
 
 

@@ -298,8 +298,8 @@ def test_ratio_is_one_in_the_first_minibatch(script, tmp_path, monkeypatch, env_
 def test_trust_region_holds(script):
     """50 updates with a step far too long: the whole batch's KL, computed anew, never oversteps the target."""
     target = 0.01
-    free = tiny(script, learning_rate=0.05, clip_coef=0.2, num_envs=16, num_steps=16, update_epochs=3)
-    args = dataclasses.replace(free, target_kl=target)
+    sizes = {"num_envs": 16, "num_steps": 16, "update_epochs": 3}
+    args = tiny(script, learning_rate=0.05, clip_coef=0.2, target_kl=target, **sizes)
     state = start(script, args)
     agent, _, _, rollout = state
     fractions = []
@@ -313,12 +313,6 @@ def test_trust_region_holds(script):
         assert metrics["kl_after_update"] <= target
         fractions.append(metrics["step_fraction"])
     assert min(fractions) < 1 and max(fractions) > 0  # the bound was at work, and did not stop all learning
-
-    state = start(script, free)
-    iterate_without_statistics(script, state, free)
-    agent, rollout = state[0], state[3]
-    old, new = rollout.log_probs, agent(rollout.obs.flatten(0, 1))[0].log_softmax(-1)
-    assert float((old.exp() * (old - new.view_as(old))).sum(-1).mean()) > target
 
 
 def iterate_without_statistics(script, state, args):
@@ -357,11 +351,12 @@ def test_observations_are_normalised_by_what_the_run_saw(script, tmp_path, monke
     mean, var = rows.mean(0), rows.var(0, correction=0)
     torch.testing.assert_close(state["obs_stats.mean"], mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(state["obs_stats.var"], var, rtol=1e-4, atol=1e-5)
-    agent, inputs = start(script, args)[0], []
+    agent, plain = start(script, args)[0], start(script, args)[0]
     agent.load_state_dict(state)
-    agent.encoder.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    agent(rows)
-    torch.testing.assert_close(inputs[0], ((rows - mean) / var.sqrt()).clamp(-10, 10), rtol=1e-3, atol=1e-4)
+    plain.load_state_dict(state | {"obs_stats.mean": torch.zeros_like(mean), "obs_stats.var": torch.ones_like(var)})
+    normalised = ((rows - mean) / var.sqrt()).clamp(-10, 10)
+    for output, expected in zip(agent(rows), plain(normalised)):  # logits, values
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-4)
 
     script.train(dataclasses.replace(args, norm_obs=False, run_dir=str(tmp_path / "raw")))
     state = checkpoint(tmp_path / "raw")["agent"]
@@ -401,7 +396,7 @@ def test_same_seed_same_parameters(script, tmp_path):
     one = parameters("one")
     assert_equal(one, parameters("again"))
     other = parameters("other", seed=2)
-    assert not torch.equal(one["policy_head.weight"], other["policy_head.weight"])
+    assert not any(torch.equal(one[name], other[name]) for name in one if name.endswith("weight"))
 
 
 def test_zero_learning_rate_learns_nothing(script, tmp_path):
@@ -520,9 +515,12 @@ def test_only_normalised_observations_are_clipped(script, tmp_path, norm_obs):
     script.train(tiny(script, norm_obs=norm_obs, run_dir=str(tmp_path / "run")))
     agent = script.Agent(script.make_envs(tiny(script), 1))
     agent.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"])
-    agent.encoder, agent.policy_head, agent.value_head = torch.nn.Identity(), torch.nn.Identity(), torch.nn.Linear(4, 1)
-    near, far = (agent(torch.full((1, 4), x))[0].abs().max().item() for x in (1e3, 1e4))
-    assert (near == far == pytest.approx(10 / agent.temperature.item())) == norm_obs and (far > 1e4) == (not norm_obs)
+    with torch.no_grad():
+        for parameter in agent.parameters():
+            parameter *= 1e-3  # so that the outputs are nearly linear in the input, however large
+        near, far = (agent(torch.full((1, 4), x)) for x in (1e3, 1e4))
+    for a, b in zip(near, far):
+        assert torch.equal(a, b) == norm_obs
 
 
 def test_more_entropy_than_there_is_cannot_be_asked_for(script, tmp_path, capsys):
@@ -572,13 +570,15 @@ def test_a_film_that_cannot_be_made_ends_the_run_before_it_trains(script, tmp_pa
 
 
 def test_observations_of_a_discrete_space_count_from_its_start(script):
-    envs = SimpleNamespace(
-        single_observation_space=gym.spaces.Discrete(3, start=5), single_action_space=gym.spaces.Discrete(2)
-    )
-    agent, inputs = script.Agent(envs), []
-    agent.encoder.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    agent(torch.tensor([5, 7]))
-    assert inputs[0].tolist() == [[1, 0, 0], [0, 0, 1]]
+    def outputs(first):
+        torch.manual_seed(0)
+        space = gym.spaces.Discrete(3, start=first)
+        agent = script.Agent(
+            SimpleNamespace(single_observation_space=space, single_action_space=gym.spaces.Discrete(2))
+        )
+        return torch.cat([x.view(3, -1) for x in agent(torch.arange(first, first + 3))], 1)
+
+    assert torch.equal(outputs(0), outputs(5)) and len(outputs(5).unique(dim=0)) == 3
 
 
 def test_a_run_folder_is_taken_once(script, tmp_path, capsys):
@@ -658,7 +658,7 @@ def test_killed_run_resumes_bit_for_bit(script, tmp_path, monkeypatch, capsys, e
     time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 2 <= checkpoint(killed)["iteration"] < args.num_iterations
+    assert 2 <= script.load_checkpoint(killed)["iteration"] < args.num_iterations
 
     script.train(dataclasses.replace(args, run_dir=str(tmp_path / "straight")))
     monkeypatch.setattr(sys, "argv", [script.__file__, "--resume", str(killed)])

@@ -476,6 +476,53 @@ def test_a_copied_and_changed_atari_trainer_exports(tmp_path, variant):
     assert about["action_meanings"][0] == "NOOP" and about["preprocessing"]["repeat_action_probability"] == 0.0
 
 
+OWN = """
+import gymnasium as gym
+import numpy as np
+
+class Own(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-9, 9, (4500,)), gym.spaces.Discrete(2)
+
+    def observe(self):  # only one number ever changes
+        return np.full(4500, 3, np.float32) * (np.arange(4500) > 0) + self.np_random.normal() * (np.arange(4500) == 0)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observe(), {}
+
+    def step(self, action):
+        return self.observe(), 1.0, self.np_random.random() < 0.1, False, {}
+
+gym.register("Own-v0", Own)
+"""
+
+
+def test_a_wrapped_environment_whose_module_lies_beside_the_script_exports(tmp_path):
+    """ONNX Script takes a constant of 1e-8 for 0: features that never change must not become infinite there."""
+    folder = tmp_path / "variant"
+    folder.mkdir()
+    (folder / "own.py").write_text(OWN)
+    source = (ROOT / "ppo_clip_discrete.py").read_text()
+    place = "        space = env.action_space\n        if isinstance"
+    assert place in source
+    wrapper = f"        env = gym.wrappers.FrameStackObservation(env, 2)\n{place}"
+    (folder / "my_ppo.py").write_text(source.replace(place, wrapper))
+    flags = "--env-id own:Own-v0 --num-envs 4 --num-steps 16 --total-timesteps 128 --eval-episodes 0 --run-dir run"
+    command = [sys.executable, "variant/my_ppo.py", *flags.split()]
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=200)
+    done = subprocess.run(
+        [sys.executable, ROOT / "export_policy.py", "run", "--formats", "onnx"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    about = json.loads((tmp_path / "run" / "policy.json").read_text())
+    assert about["inputs"][0]["shape"] == ["batch", 2, 4500]
+    assert about["preprocessing"]["before_the_graph"] == "FrameStackObservation"
+
+
 # Clients in other languages and without PyTorch
 
 CLIENTS = Path(__file__).parent / "clients"

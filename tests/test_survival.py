@@ -65,7 +65,7 @@ def discrete():
 
 
 @pytest.fixture(scope="module")
-def atari():
+def atari_trainer():
     return load(ATARI)
 
 
@@ -116,9 +116,9 @@ def test_killed_three_times(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script, iterations", [(DISCRETE, 2000), (ATARI, 400)], ids=["discrete", "atari"])
-def test_killed_25_times(tmp_path, script, iterations):
-    kill_and_resume(script, tmp_path / "run", kills=25, iterations=iterations, seed=2)
+@pytest.mark.parametrize("path, iterations", [(DISCRETE, 2000), (ATARI, 400)], ids=["discrete", "atari"])
+def test_killed_25_times(tmp_path, path, iterations):
+    kill_and_resume(path, tmp_path / "run", kills=25, iterations=iterations, seed=2)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -145,31 +145,31 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
 
 
-def test_atari_resumes_everything_but_the_emulators(atari, tmp_path, monkeypatch, capsys):
+def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, monkeypatch, capsys):
     flags = f"{SMALL[ATARI]} --target-entropy 1 --total-timesteps 96 --run-dir {tmp_path / 'run'}"
     monkeypatch.setattr(sys, "argv", [str(ATARI), *flags.split()])
-    atari.train(atari.parse_args())
+    atari_trainer.train(atari_trainer.parse_args())
     saved = checkpoint(tmp_path / "run")
     seen = {}
 
     def first_collect(agent, episodes, rollout, args, act):
-        seen.update(agent=agent.state_dict(), random=atari.get_random_states(), episodes=episodes)
+        seen.update(agent=agent.state_dict(), random=atari_trainer.get_random_states(), episodes=episodes)
 
     def first_update(agent, optimizer, rollout, advantages, returns, ent_coef, *rest):
         seen.update(optimizer=optimizer.state_dict(), ent_coef=ent_coef, lr=float(optimizer.lr))
         raise SystemExit(7)
 
-    class Report(atari.Report):
+    class Report(atari_trainer.Report):
         def __init__(self, args, run_dir, global_step, timed, recent):
             seen["recent"] = recent
             super().__init__(args, run_dir, global_step, timed, recent)
 
-    monkeypatch.setattr(atari, "Report", Report)
-    monkeypatch.setattr(atari, "collect", first_collect)
-    monkeypatch.setattr(atari, "update", first_update)
+    monkeypatch.setattr(atari_trainer, "Report", Report)
+    monkeypatch.setattr(atari_trainer, "collect", first_collect)
+    monkeypatch.setattr(atari_trainer, "update", first_update)
     monkeypatch.setattr(sys, "argv", [str(ATARI), "--resume", str(tmp_path / "run"), "--total-timesteps", "128"])
     with pytest.raises(SystemExit, match="7"):
-        atari.train(atari.parse_args())
+        atari_trainer.train(atari_trainer.parse_args())
     assert all(torch.equal(seen["agent"][k], saved["agent"][k]) for k in saved["agent"])
     assert all(torch.equal(seen["optimizer"][k], saved["optimizer"][k]) for k in saved["optimizer"])
     assert seen["ent_coef"] == saved["ent_coef"] != 0.01
