@@ -427,7 +427,9 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, en
         stack = envs.single_observation_space.shape[0]
         preprocessing = {
             "inside_the_graph": "scaling or running normalisation of each pixel",
-            "before_the_graph": f"84x84 grey frames, each the maximum of the last two of 4; {stack} of them, oldest first",
+            "before_the_graph": f"the last {stack} frames, oldest first, black before a game's start; each the grey "
+            "maximum of the last two of 4, resized to 84x84 by area",
+            "game_start": "FIRE where the game has it, then no-ops, up to 29 frames in all; nothing after a lost life",
             "frame_skip": 4,
             "repeat_action_probability": run_args.stickiness,
         }
@@ -443,7 +445,7 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, en
         units = "discounted sum of rewards"
         variance = state["agent"].get("return_stats.var") if getattr(run_args, "norm_reward", False) else None
         if variance is not None:
-            units += f" divided by {float(variance) ** 0.5:.6g}, the run's reward scale"
+            units += f" divided by {float(variance) ** 0.5:.6g}, the run's reward scale, and clipped to [-10, 10]"
     return {
         "env_id": run_args.env_id,
         "seed": run_args.seed,

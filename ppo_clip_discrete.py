@@ -122,7 +122,7 @@ class Args:
     norm_obs: bool = True
     """normalise observations by their running mean and variance (inside the network)"""
     norm_reward: bool = True
-    """divide rewards by the running standard deviation of the discounted return"""
+    """divide rewards by the running standard deviation of the discounted return, and clip them at 10"""
     clip_coef: float = 0.1
     """epsilon, the clipping range of the ratio"""
     clip_vloss: bool = False
@@ -439,10 +439,10 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
     if final_obs:
         cut = np.nonzero(truncated & ~terminated)
         rollout.final_values[cut] = agent(to_tensor(np.stack(final_obs), device))[1]
+    rollout.rewards.copy_(torch.from_numpy(rewards))
     if args.norm_reward:
         agent.return_stats.update(torch.from_numpy(discounted).flatten().to(device))
-    rollout.rewards.copy_(torch.from_numpy(rewards))
-    rollout.rewards *= torch.rsqrt(agent.return_stats.var + 1e-8)
+        rollout.rewards.mul_(torch.rsqrt(agent.return_stats.var + 1e-8)).clamp_(-10.0, 10.0)
     rollout.terminated.copy_(torch.from_numpy(terminated))
     rollout.truncated.copy_(torch.from_numpy(truncated))
 

@@ -363,6 +363,49 @@ def test_observations_are_normalised_by_what_the_run_saw(script, tmp_path, monke
     assert not state["obs_stats.mean"].any() and (state["obs_stats.var"] == 1).all()
 
 
+class Rare(gym.Env):
+    """Episodes of 4 steps; one in fifty pays 1, and only at its end."""
+
+    observation_space, action_space = gym.spaces.Box(-1, 1, (1,), np.float32), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.k, self.pays = 0, self.np_random.random() < 0.02
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.k += 1
+        return np.zeros(1, np.float32), float(self.k == 4 and self.pays), self.k == 4, False, {}
+
+
+gym.register("Rare-v0", Rare)
+
+
+@pytest.mark.parametrize("env_id, num_envs", [("LunarLander-v3", 4), ("Rare-v0", 64)])
+def test_rewards_are_scaled_by_the_deviation_of_the_discounted_return(script, monkeypatch, env_id, num_envs):
+    args = tiny(script, env_id=env_id, num_envs=num_envs, num_steps=100, gamma=0.9)
+    agent, _, episodes, rollout = start(script, args)
+    raw, over, step = [], [], script.step
+
+    def spy(envs, actions):
+        result = step(envs, actions)
+        raw.append(result[1].copy())
+        over.append(result[2] | result[3])
+        return result
+
+    monkeypatch.setattr(script, "step", spy)
+    for _ in range(2):
+        script.collect(agent, episodes, rollout, args)
+    returns, sums = [], np.zeros(num_envs)
+    for reward, ended in zip(raw, over):
+        sums = 0.9 * sums + reward
+        returns.append(sums)
+        sums = sums * ~ended
+    expected = np.array(raw[-100:]) / np.std(returns)  # over both rollouts
+    assert np.any(over) and np.any(expected > 10) == (env_id == "Rare-v0")
+    np.testing.assert_allclose(rollout.rewards.numpy(), expected.clip(-10, 10), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("where", ["advantages", "returns"])
 def test_nothing_is_learned_from_what_is_not_finite(script, where):
     args = tiny(script)
