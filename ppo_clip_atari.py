@@ -248,7 +248,7 @@ class Agent(nn.Module):
 def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv:
     """`num_envs` emulators of one game: 4 frames a step, max of the last two.
 
-    A game starts with FIRE, where it has that, and no-ops, up to 29 frames in all; nothing is pressed after a lost life.
+    A game starts with FIRE, where it has that, and no-ops, up to 29 frames in all; a lost life is followed by nothing.
     A finished game resets in the same step (SAME_STEP). `colour` gives the same games as (4, 210, 160, 3) RGB frames.
     """
     gym.register_envs(ale_py)
