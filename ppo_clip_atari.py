@@ -65,8 +65,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 STACK = 4  # frames that the network sees
-ENT_COEF_BOUNDS = (1e-5, 0.5)  # range of c2 under --target-entropy
-ENT_COEF_RATE = 0.5  # step size of log c2 per iteration, times the relative shortfall 1 - entropy / target
+ENT_COEF_BOUNDS = (1e-4, 0.5)  # range of c2 under --target-entropy
+ENT_COEF_RATE = 2.0  # step size of log c2 per iteration, times the relative shortfall 1 - entropy / target
+ENT_COEF_LEAD = 10  # the entropy that counts is that of so many iterations ahead, or c2 and it would swing
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank under torchrun waits for the others
 
 # The method is everything down to `evaluate`, plus `train` at the end, Algorithm 1 of the paper. Between them lies the
@@ -625,11 +626,14 @@ def update(
             trust_region = backtrack(agent, optimizer.weights, before, rollout, args)
             if trust_region["step_fraction"] < 1.0:
                 break
+    by_epoch = all_mean(torch.stack(history).view(-1, args.num_minibatches, len(metrics)).mean(1))  # (epochs, metrics)
     explained = 1 - moments((returns - rollout.values[:-1]).flatten())[1] / moments(returns.flatten())[1]
-    means = torch.cat([all_mean(torch.stack(history).mean(0)), explained.unsqueeze(0)]).tolist()
+    means = torch.cat([by_epoch.mean(0), explained.unsqueeze(0)]).tolist()
+    moved = dict(zip(metrics, by_epoch[-1] - by_epoch[0]))  # within this update
     metrics = dict(zip([*metrics, "explained_variance"], means)) | trust_region
     if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
-        ent_coef *= math.exp(ENT_COEF_RATE * (1 - metrics["entropy"] / args.target_entropy))
+        ahead = metrics["entropy"] + ENT_COEF_LEAD * float(moved["entropy"])
+        ent_coef *= math.exp(ENT_COEF_RATE * (1 - ahead / args.target_entropy))
         ent_coef = min(max(ent_coef, ENT_COEF_BOUNDS[0]), ENT_COEF_BOUNDS[1])
     return metrics, ent_coef
 
