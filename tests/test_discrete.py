@@ -315,6 +315,17 @@ def test_trust_region_holds(script):
     assert min(fractions) < 1 and max(fractions) > 0  # the bound was at work, and did not stop all learning
 
 
+def test_a_trust_region_that_is_never_left_changes_nothing(script):
+    def weights(target_kl):
+        args = tiny(script, target_kl=target_kl)
+        state = start(script, args)
+        for _ in range(3):
+            iterate(script, state, 0.0, args)
+        return state[1].weights
+
+    assert torch.equal(weights(None), weights(1e6))
+
+
 def iterate_without_statistics(script, state, args):
     agent, optimizer, episodes, rollout = state
     script.collect(agent, episodes, rollout, args)
