@@ -73,6 +73,14 @@ def test_tables_say_what_their_records_say():
     assert checked == 4 * 2 + 3 * 3 + 2 + 5 * 4  # vectors, Pong, ten million steps, throughput
 
 
+def test_the_other_seeds_are_what_their_records_say():
+    links = re.findall(r"\[(\S+), (\S+)\]\((benchmarks/results/learning_\S+_seeds_21_to_\d+\.json)\)", README)
+    assert len(links) == 4
+    for mean, worst, record in links:
+        scores = [run["eval_return_mean"] for run in json.loads((ROOT / record).read_text())["runs"]]
+        assert [mean, worst] == [f"{x:.1f}".replace("-", "−") for x in (statistics.mean(scores), min(scores))]
+
+
 def test_the_gpus_table_says_what_its_record_says():
     rows = json.loads((ROOT / "benchmarks/results/gpu_or_cpu.json").read_text())["rows"]
     rate = {(row["device"], row["num_envs"], row["hidden"]): row["steps_per_second"] for row in rows}
