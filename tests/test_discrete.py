@@ -354,6 +354,15 @@ def test_entropy_is_held_near_its_target(script, tmp_path, monkeypatch, target):
         assert np.mean(np.abs(late / target - 1) < 0.2) > 0.8, late
 
 
+def test_a_tiny_target_entropy_overflows_nothing(script, monkeypatch):
+    monkeypatch.setattr(script, "ENT_COEF_LEAD", 1e6)  # as if the entropy fell that fast
+    args = tiny(script, target_entropy=1e-3, learning_rate=0.05)
+    state, ent_coef = start(script, args), 0.01
+    for _ in range(4):
+        _, ent_coef = iterate(script, state, ent_coef, args)
+        assert script.ENT_COEF_BOUNDS[0] <= ent_coef <= script.ENT_COEF_BOUNDS[1]
+
+
 def test_observations_are_normalised_by_what_the_run_saw(script, tmp_path, monkeypatch):
     seen, update = [], script.update
 
