@@ -249,7 +249,7 @@ class Agent(nn.Module):
 def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv:
     """`num_envs` emulators of one game: 4 frames a step, max of the last two.
 
-    A game starts with FIRE, where it has that, and no-ops, up to 29 frames in all; a lost life is followed by nothing.
+    A game starts with FIRE, where it has that, and no-ops, up to 29 frames in all; a lost life goes on without either.
     A finished game resets in the same step (SAME_STEP). `colour` gives the same games as (4, 210, 160, 3) RGB frames.
     """
     gym.register_envs(ale_py)
@@ -629,10 +629,10 @@ def update(
     by_epoch = all_mean(torch.stack(history).view(-1, args.num_minibatches, len(metrics)).mean(1))  # (epochs, metrics)
     explained = 1 - moments((returns - rollout.values[:-1]).flatten())[1] / moments(returns.flatten())[1]
     means = torch.cat([by_epoch.mean(0), explained.unsqueeze(0)]).tolist()
-    moved = dict(zip(metrics, by_epoch[-1] - by_epoch[0]))  # within this update
     metrics = dict(zip([*metrics, "explained_variance"], means)) | trust_region
     if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
-        ahead = max(metrics["entropy"] + ENT_COEF_LEAD * float(moved["entropy"]), 0.0)
+        moved = dict(zip(metrics, (by_epoch[-1] - by_epoch[0]).tolist()))  # from the first epoch to the last
+        ahead = max(metrics["entropy"] + ENT_COEF_LEAD * moved["entropy"], 0.0)
         ent_coef *= math.exp(ENT_COEF_RATE * (1 - ahead / args.target_entropy))
         ent_coef = min(max(ent_coef, ENT_COEF_BOUNDS[0]), ENT_COEF_BOUNDS[1])
     return metrics, ent_coef

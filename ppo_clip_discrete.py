@@ -619,10 +619,10 @@ def update(
     by_epoch = all_mean(torch.stack(history).view(-1, args.num_minibatches, len(metrics)).mean(1))  # (epochs, metrics)
     explained = 1 - moments((returns - rollout.values[:-1]).flatten())[1] / moments(returns.flatten())[1]
     means = torch.cat([by_epoch.mean(0), explained.unsqueeze(0)]).tolist()
-    moved = dict(zip(metrics, by_epoch[-1] - by_epoch[0]))  # within this update
     metrics = dict(zip([*metrics, "explained_variance"], means)) | trust_region
     if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
-        ahead = max(metrics["entropy"] + ENT_COEF_LEAD * float(moved["entropy"]), 0.0)
+        moved = dict(zip(metrics, (by_epoch[-1] - by_epoch[0]).tolist()))  # from the first epoch to the last
+        ahead = max(metrics["entropy"] + ENT_COEF_LEAD * moved["entropy"], 0.0)
         ent_coef *= math.exp(ENT_COEF_RATE * (1 - ahead / args.target_entropy))
         ent_coef = min(max(ent_coef, ENT_COEF_BOUNDS[0]), ENT_COEF_BOUNDS[1])
     return metrics, ent_coef

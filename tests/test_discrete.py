@@ -519,14 +519,6 @@ def test_temperature_of_the_policy(script, tmp_path):
     assert agent.temperature == 0.25
 
 
-def test_reward_is_scaled_by_the_deviation_of_the_discounted_return(script):
-    args = tiny(script, env_id="Scripted-terminated-v0", num_envs=2, num_steps=9, gamma=0.5)
-    agent, _, episodes, rollout = start(script, args)
-    script.collect(agent, episodes, rollout, args)
-    returns = np.array([1, 1.5, 1.75])  # of each step of an episode: nothing of the one before
-    np.testing.assert_allclose(rollout.rewards.numpy(), 1 / returns.std(), rtol=1e-5)
-
-
 class Lost(gym.Env):
     """Its third state is outside its space; draws with a generator of another kind; cannot be closed."""
 
@@ -583,13 +575,14 @@ def test_another_generator_and_an_environment_that_cannot_be_closed(
 def test_only_normalised_observations_are_clipped(script, tmp_path, norm_obs):
     script.train(tiny(script, norm_obs=norm_obs, run_dir=str(tmp_path / "run")))
     agent = script.Agent(script.make_envs(tiny(script), 1))
-    agent.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"])
+    agent.load_state_dict(checkpoint(tmp_path / "run")["agent"])
     with torch.no_grad():
         for parameter in agent.parameters():
             parameter *= 1e-3  # so that the outputs are nearly linear in the input, however large
-        near, far = (agent(torch.full((1, 4), x)) for x in (1e3, 1e4))
-    for a, b in zip(near, far):
-        assert torch.equal(a, b) == norm_obs
+        mean, deviation = agent.obs_stats.mean, agent.obs_stats.var.sqrt()
+        below, above, far = (agent((mean + x * deviation)[None]) for x in (9.9, 10.1, 1e4))
+    for outputs in zip(below, above, far):  # logits, values
+        assert not torch.equal(*outputs[:2]) and torch.equal(*outputs[1:]) == norm_obs
 
 
 def test_more_entropy_than_there_is_cannot_be_asked_for(script, tmp_path, capsys):
