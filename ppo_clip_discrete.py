@@ -108,7 +108,7 @@ class Args:
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
-    final_temperature: float = 0.35
+    final_temperature: float = 0.5
     """temperature of the softmax policy at the run's end; 1 at its start, so it explores first, exploits last"""
     gamma: float = 0.995
     """discount factor"""
@@ -137,7 +137,7 @@ class Args:
     target_kl: float | None = None
     """trust region: no update leaves mean KL(pi_old || pi) above this"""
     target_entropy: float | None = None
-    """adapt c2 so that the policy's mean entropy (nats) holds near this; the temperature stays 1 then"""
+    """adapt c2 so that the policy's mean entropy (nats) holds near this"""
 
     @property
     def local_envs(self) -> int:
@@ -1181,7 +1181,6 @@ def train(args: Args) -> None:
     mine = slice(rank * args.local_envs, (rank + 1) * args.local_envs)  # this rank's environments
     episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs)[mine])
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
-    final_temperature = args.final_temperature if args.target_entropy is None else 1.0  # c2 alone sets the entropy
     resumed, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # iterations, wall time, SPS and scores of earlier starts
 
     state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
@@ -1212,7 +1211,7 @@ def train(args: Args) -> None:
         lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1)
         optimizer.lr.fill_(lr)
         # 1 / temperature grows quadratically in time (annealed softmax policy: Sutton & Barto 2018, section 13.1)
-        temperature = 1 / (1 + (1 / final_temperature - 1) * (iteration / args.num_iterations) ** 2)
+        temperature = 1 / (1 + (1 / args.final_temperature - 1) * (iteration / args.num_iterations) ** 2)
         agent.temperature.fill_(temperature)
         charts = {"learning_rate": lr, "temperature": temperature, "ent_coef": ent_coef}
 
