@@ -130,7 +130,7 @@ class Args:
     """also clip the value update, as OpenAI's baselines do"""
     ent_coef: float = 0.0
     """c2, weight of the entropy bonus"""
-    vf_coef: float = 0.5
+    vf_coef: float = 1.0
     """c1, weight of the value loss"""
     max_grad_norm: float = 0.5
     """clip the gradient to this global norm"""
