@@ -108,8 +108,8 @@ class Args:
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
-    final_temperature: float = 0.5
-    """temperature of the softmax policy at the run's end; 1 at its start, so it explores first, exploits last"""
+    final_temperature: float = 0.25
+    """temperature of the softmax policy at the run's end; near 1 until late, so it explores first, exploits last"""
     gamma: float = 0.995
     """discount factor"""
     gae_lambda: float = 0.95
@@ -132,12 +132,12 @@ class Args:
     """c2, weight of the entropy bonus"""
     vf_coef: float = 1.0
     """c1, weight of the value loss"""
-    max_grad_norm: float = 0.5
+    max_grad_norm: float = 1.0
     """clip the gradient to this global norm"""
     target_kl: float | None = None
     """trust region: no update leaves mean KL(pi_old || pi) above this"""
     target_entropy: float | None = None
-    """adapt c2 so that the policy's mean entropy (nats) holds near this"""
+    """adapt c2 so that the policy's mean entropy (nats) holds near this; the temperature stays 1 then"""
 
     @property
     def local_envs(self) -> int:
@@ -1181,6 +1181,7 @@ def train(args: Args) -> None:
     mine = slice(rank * args.local_envs, (rank + 1) * args.local_envs)  # this rank's environments
     episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs)[mine])
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
+    final_temperature = args.final_temperature if args.target_entropy is None else 1.0  # c2 alone sets the entropy
     resumed, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # iterations, wall time, SPS and scores of earlier starts
 
     state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
@@ -1210,8 +1211,8 @@ def train(args: Args) -> None:
     for iteration in range(resumed + 1, args.num_iterations + 1):
         lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1)
         optimizer.lr.fill_(lr)
-        # 1 / temperature grows quadratically in time (annealed softmax policy: Sutton & Barto 2018, section 13.1)
-        temperature = 1 / (1 + (1 / args.final_temperature - 1) * (iteration / args.num_iterations) ** 2)
+        # falls late, as it enlarges the policy's steps too (annealed softmax policy: Sutton & Barto 2018, section 13.1)
+        temperature = 1 / (1 + (1 / final_temperature - 1) * (iteration / args.num_iterations) ** 16)
         agent.temperature.fill_(temperature)
         charts = {"learning_rate": lr, "temperature": temperature, "ent_coef": ent_coef}
 

@@ -508,7 +508,7 @@ def test_temperature_of_the_policy(script, tmp_path):
     args = tiny(script, run_dir=str(tmp_path / "run"), final_temperature=0.25, total_timesteps=512)  # 4 iterations
     script.train(args)
     charts = EventAccumulator(str(tmp_path / "run")).Reload().Scalars("charts/temperature")
-    assert [e.value for e in charts] == pytest.approx([1 / (1 + 3 * k / 16) for k in (1, 4, 9, 16)])
+    assert [e.value for e in charts] == pytest.approx([1 / (1 + 3 * (k / 4) ** 16) for k in (1, 2, 3, 4)])
     agent = start(script, args)[0]
     obs = torch.randn(5, 4)
     logits, values = agent(obs)
