@@ -132,7 +132,7 @@ class Args:
     """c2, weight of the entropy bonus"""
     vf_coef: float = 1.0
     """c1, weight of the value loss"""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 0.5
     """clip the gradient to this global norm"""
     target_kl: float | None = None
     """trust region: no update leaves mean KL(pi_old || pi) above this"""
