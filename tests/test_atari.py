@@ -113,13 +113,13 @@ def play(atari, script):
 
 def test_life_loss_ends_the_bootstrap_and_not_the_game(atari):
     step, life, over = (1, False, False, False), (0, True, False, False), (7, True, False, True)
-    _, episodes, rollout = play(atari, [step, life, step, over, step])
-    assert episodes.take_ended() == [(9.0, 4)]  # 1 + 0 + 1 + 7 unclipped, over the lost life
+    _, episodes, rollout = play(atari, [step, life, step, over, step, over, step])
+    assert episodes.take_ended() == [(9.0, 4), (8.0, 2)]  # 1 + 0 + 1 + 7 unclipped, over the lost life
     assert episodes.returns.tolist() == [1.0]
-    assert rollout.rewards[:, 0].tolist() == [1, 0, 1, 1, 1]  # clipped for training
-    assert rollout.terminated[:, 0].tolist() == [False, True, False, True, False]
+    assert rollout.rewards[:, 0].tolist() == [1, 0, 1, 1, 1, 1, 1]  # clipped for training
+    assert rollout.terminated[:, 0].tolist() == [False, True, False, True, False, True, False]
     all_older = [atari.STACK - 1] * 4  # a lost life leaves the stack alone
-    assert rollout.history[:, 0].tolist() == [*all_older, 0, min(1, atari.STACK - 1)]
+    assert rollout.history[:, 0].tolist() == [*all_older, *[0, min(1, atari.STACK - 1)] * 2]
 
 
 def test_truncation_bootstraps_the_final_observation(atari):

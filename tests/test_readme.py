@@ -74,7 +74,7 @@ def test_tables_say_what_their_records_say():
 
 
 def test_the_other_seeds_are_what_their_records_say():
-    links = re.findall(r"\[(\S+), (\S+)\]\((benchmarks/results/learning_\S+_seeds_21_to_\d+\.json)\)", README)
+    links = re.findall(r"\[(\S+), (\S+)\]\((benchmarks/results/learning_\S+_seeds_\d+_to_\d+\.json)\)", README)
     assert len(links) == 4
     for mean, worst, record in links:
         scores = [run["eval_return_mean"] for run in json.loads((ROOT / record).read_text())["runs"]]
