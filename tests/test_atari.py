@@ -406,6 +406,7 @@ def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch)
     monkeypatch.setattr(atari.AtariVectorEnv, "reset", spy)
     monkeypatch.setattr(sys, "argv", [atari.__file__, "--resume", str(run_dir)])
     atari.train(atari.parse_args())
+    assert not set(games[0]) & set(games[1])  # those of a new run, those of the resumed one
     assert games[-1] == games[-2] not in games[:-2]  # the film is of one game, seen twice
     result = json.loads((run_dir / "result.json").read_text())
     assert 0 <= result["eval_return_mean"] < 20 and result["global_step"] == 64
