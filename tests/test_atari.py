@@ -249,6 +249,21 @@ def test_first_minibatch_ratio_is_one(atari, tmp_path, monkeypatch, bf16):
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=2e-2 if bf16 else 1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("bf16, supported", [(True, True), (True, False), (False, True)])
+def test_pixels_are_encoded_in_bfloat16_where_the_cpu_has_it(atari, tmp_path, monkeypatch, bf16, supported):
+    dtypes, update = set(), atari.update
+
+    def spy(agent, *rest):
+        agent.encoder.register_forward_hook(lambda module, inputs, features: dtypes.add(features.dtype))
+        return update(agent, *rest)
+
+    monkeypatch.setattr(atari, "update", spy)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    args = tiny(atari, total_timesteps=32, bf16=bf16, cuda=False, eval_episodes=0, run_dir=str(tmp_path / "run"))
+    atari.train(args)
+    assert dtypes == {torch.bfloat16 if bf16 and supported else torch.float32}
+
+
 def test_pixels_are_normalised_by_what_the_run_saw(atari, tmp_path, monkeypatch):
     """Mean and variance of every pixel over the frames of all iterations, against NumPy."""
     seen, update = [], atari.update
@@ -413,6 +428,8 @@ def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch)
     assert (run_dir / "video.mp4").stat().st_size > 10_000
     with VideoFileClip(str(run_dir / "video.mp4")) as film:
         assert film.size == [480, 630]
+        first, last = (film.get_frame(t).astype(int) for t in (0, film.duration - 0.1))
+        assert np.abs(last - first).max() > 50  # it moves
     assert (run_dir / Path(atari.__file__).name).read_bytes() == Path(atari.__file__).read_bytes()
 
 
