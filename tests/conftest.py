@@ -1,6 +1,7 @@
 """Options, markers and fixtures of all tests."""
 
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -24,6 +25,16 @@ def load(path: Path | str) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+class Payload:
+    """Unpickled as it stands, it makes a folder at `path`."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
 
 
 def pytest_addoption(parser):

@@ -21,7 +21,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import load
+from conftest import Payload, load
 
 ROOT = Path(__file__).parent.parent
 FILES = ("policy.onnx", "policy.torchscript.pt", "policy.json")
@@ -270,6 +270,16 @@ def test_the_checkpoint_before_serves_for_a_damaged_one(run_dir, tmp_path):
     done = export(folder)
     assert done.returncode == 0 and "warning" in done.stderr
     assert all((folder / name).exists() for name in FILES)
+
+
+def test_code_in_a_checkpoint_does_not_run(run_dir, tmp_path):
+    folder, ran, buffer = tmp_path / "run", tmp_path / "ran", io.BytesIO()
+    shutil.copytree(run_dir, folder)
+    torch.save({"agent": Payload(ran), "global_step": 4096}, buffer)
+    (folder / "checkpoint.pt").write_bytes(buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
+    done = export(folder)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
+    assert not ran.exists()
 
 
 def test_the_score_is_the_exported_policys(run_dir, tmp_path):

@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, Payload, load
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -207,14 +207,6 @@ def test_every_flipped_bit_is_found(discrete, finished, tmp_path, monkeypatch, c
         state, err, code = resume(discrete, tmp_path, monkeypatch, capsys)
         assert code == 0 and state["iteration"] == 3, f"byte {place}"
         assert err.startswith("warning: ") and err.count("\n") == 1
-
-
-class Payload:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
 
 
 def with_hash(data):
