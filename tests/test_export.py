@@ -145,6 +145,41 @@ def test_a_large_logit_elsewhere_excuses_no_action(capsys):
     assert "file: actions differ" in capsys.readouterr().err
 
 
+def test_a_wrong_draw_among_equal_logits_is_found(capsys):
+    exporter = load(ROOT / "export_policy.py")
+
+    def right(obs, uniform):
+        return [np.zeros((len(obs), 2)), np.zeros(len(obs)), uniform.argmax(1)]
+
+    def wrong(obs, uniform):
+        logits, value, action = right(obs, uniform)
+        return [logits, value, np.where(np.arange(len(obs)) == 1, 1 - action, action)]
+
+    uniform = np.tile(np.array([[0.2, 0.8]], np.float32), (256, 1))
+    exporter.check_parity(right, {"file": right}, [np.zeros((256, 1), np.float32)], uniform)
+    with pytest.raises(SystemExit, match="1"):
+        exporter.check_parity(right, {"file": wrong}, [np.zeros((256, 1), np.float32)], uniform)
+    assert "file: actions differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stochastic", [False, True])
+def test_a_file_that_draws_gets_new_random_numbers_at_every_step(stochastic):
+    seen = []
+
+    def runtime(obs, *uniform):
+        seen.append(uniform)
+        return [np.zeros((len(obs), 2), np.float32), np.zeros(len(obs), np.float32), np.zeros(len(obs), np.int64)]
+
+    trainer = SimpleNamespace(evaluate=lambda agent, *_: [agent(torch.zeros(3, 4)) for _ in range(5)])
+    load(ROOT / "export_policy.py").play(trainer, None, runtime, 3, 2, stochastic)
+    if stochastic:
+        numbers = np.stack([uniform for (uniform,) in seen])
+        assert numbers.shape == (5, 3, 2) and numbers.dtype == np.float32 and len(np.unique(numbers)) == 30
+        assert 0 <= numbers.min() < 0.3 and 0.7 < numbers.max() < 1
+    else:
+        assert seen == [()] * 5
+
+
 def test_a_wrong_weight_does_not_pass(run_dir, tmp_path, monkeypatch, capsys):
     exporter = load(ROOT / "export_policy.py")
     right = exporter.export_onnx
