@@ -133,7 +133,7 @@ def test_a_large_logit_elsewhere_excuses_no_action(capsys):
     exporter = load(ROOT / "export_policy.py")
 
     def right(obs):
-        logits = np.stack([np.zeros(len(obs)), np.where(np.arange(len(obs)) == 0, 1e6, 0.5)], 1)
+        logits = np.stack([np.zeros(len(obs)), np.where(np.arange(len(obs)) == 0, 1e6, 0.01)], 1)
         return [logits, logits[:, 0], logits.argmax(1)]
 
     def wrong(obs):
@@ -289,7 +289,9 @@ def test_what_cannot_be_exported_says_so(run_dir, tmp_path):
     shutil.copytree(run_dir, untrained, ignore=shutil.ignore_patterns("checkpoint*"))
     shutil.copytree(run_dir, damaged)
     damage(damaged / "checkpoint.pt")
-    for arguments in ([tmp_path / "missing"], [tmp_path / "empty"], [untrained], [damaged], [run_dir, "--formatt"]):
+    int8 = [run_dir, "--quantize", "int8", "--formats", "torchscript"]
+    other = [[untrained], [damaged], [run_dir, "--formatt"], [run_dir, "--evaluate", "-1"], int8]
+    for arguments in ([tmp_path / "missing"], [tmp_path / "empty"], *other):
         done = export(*arguments)
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
     done = program(damaged)
@@ -511,14 +513,14 @@ def test_a_copied_and_changed_atari_trainer_exports(tmp_path, variant):
         assert old in source
         source = source.replace(old, new)
     (tmp_path / "my_ppo.py").write_text(source)
-    flags = ["--env-id", "PongNoFrameskip-v4", "--num-envs", "2", "--num-steps", "16", "--total-timesteps", "32"]
+    flags = ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "16", "--total-timesteps", "32"]
     command = [sys.executable, "my_ppo.py", *flags, "--eval-episodes", "0", "--run-dir", "run"]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=200)
     done = export(tmp_path / "run")
     assert done.returncode == 0, done.stderr
     about = json.loads((tmp_path / "run" / "policy.json").read_text())
     assert about["inputs"][0] == {"name": "obs", "shape": ["batch", 4, 84, 84], "dtype": "uint8"}
-    assert about["action_meanings"][0] == "NOOP" and about["preprocessing"]["repeat_action_probability"] == 0.0
+    assert about["action_meanings"][0] == "NOOP" and about["preprocessing"]["repeat_action_probability"] == 0.25
 
 
 OWN = """
