@@ -258,6 +258,19 @@ def test_latency_and_int8_are_reported(everything):
     assert "QuantizeLinear" in {node.op_type for node in model.graph.node}
 
 
+@pytest.mark.parametrize("changed", [0, 33])
+def test_int8_that_changes_actions_warns(exported, tmp_path, monkeypatch, capsys, changed):
+    """At more than 5 % of them, 32 of 640."""
+    exporter, int8 = load(ROOT / "export_policy.py"), tmp_path / "policy.int8.onnx"
+    obs = np.random.default_rng(1).normal(size=(640, 4)).astype(np.float32)
+    actions = {int8: np.arange(640) < changed, exported / "policy.onnx": np.zeros(640, bool)}
+    monkeypatch.setattr(exporter, "load_runtime", lambda path: lambda obs: [None, None, actions[path]])
+    cost = exporter.quantize_int8(exported / "policy.onnx", ["obs"], [obs], {}, int8)
+    assert cost["action_agreement"] == 1 - changed / 640
+    assert ("warning: policy.int8.onnx" in capsys.readouterr().err) == (changed > 32)
+    assert cost["verdict"] == ("under 95 %" if changed > 32 else "at least 95 %")
+
+
 def test_metadata_is_in_the_model(run_dir, exported):
     model = onnx.load(exported / "policy.onnx")
     about = {p.key: p.value for p in model.metadata_props}
