@@ -477,6 +477,8 @@ def test_actions_count_from_the_environments_first():
     box = SimpleNamespace(action_space=gym.spaces.Box(-1, 1), get_action_meanings=lambda: ["only", "three", "names"])
     wrapped = SimpleNamespace(single_action_space=gym.spaces.Discrete(2), envs=[SimpleNamespace(unwrapped=box)])
     assert exporter.describe_actions(wrapped) == {"first_action": 0, "action_meanings": ["0", "1"]}
+    wrapped.single_action_space = gym.spaces.Discrete(3)  # one for each name
+    assert exporter.describe_actions(wrapped)["action_meanings"] == ["only", "three", "names"]
 
 
 IMPALA = """
@@ -534,6 +536,7 @@ def test_a_copied_and_changed_atari_trainer_exports(tmp_path, variant):
     about = json.loads((tmp_path / "run" / "policy.json").read_text())
     assert about["inputs"][0] == {"name": "obs", "shape": ["batch", 4, 84, 84], "dtype": "uint8"}
     assert about["action_meanings"][0] == "NOOP" and about["preprocessing"]["repeat_action_probability"] == 0.25
+    assert about["preprocessing"]["before_the_graph"].startswith("the last 4 frames, oldest first")
 
 
 OWN = """
