@@ -964,9 +964,9 @@ def versions() -> dict[str, str]:
 def start_wandb(args: Args, run_dir: Path) -> None:
     """Mirrors TensorBoard to Weights & Biases under --track."""
     if args.track:
-        import wandb
-
         try:
+            import wandb
+
             wandb.init(
                 project=args.wandb_project_name,
                 entity=args.wandb_entity,

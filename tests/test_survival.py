@@ -457,15 +457,16 @@ def test_no_name_leaves_the_folder_of_runs(discrete, tmp_path, monkeypatch):
     assert discrete.open_run(discrete.Args(exp_name="../../a/b")).parent == discrete.Path("runs")
 
 
-def test_weights_and_biases_without_a_login(discrete, monkeypatch, capsys):
+def test_weights_and_biases_without_a_login_or_broken(discrete, monkeypatch, capsys):
     def init(**_):
         raise RuntimeError("no API key\nsee wandb login")
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
-    with pytest.raises(SystemExit, match="1"):
-        discrete.start_wandb(discrete.Args(track=True), discrete.Path("runs/x"))
-    err = capsys.readouterr().err
-    assert err.startswith("error: --track: no API key") and err.count("\n") == 1 and "--resume runs/x" in err
+    for module, reason in ((SimpleNamespace(init=init), "no API key"), (None, "import of wandb halted")):
+        monkeypatch.setitem(sys.modules, "wandb", module)
+        with pytest.raises(SystemExit, match="1"):
+            discrete.start_wandb(discrete.Args(track=True), discrete.Path("runs/x"))
+        err = capsys.readouterr().err
+        assert err.startswith(f"error: --track: {reason}") and err.count("\n") == 1 and "--resume runs/x" in err
 
 
 def test_a_finished_run_is_evaluated_anew_and_filmed(discrete, finished, tmp_path, monkeypatch):
