@@ -50,7 +50,7 @@ def student_t(n: int) -> float:
 
 
 def draw(axis: plt.Axes, runs: list[dict], key: str, label: str | None = None, seeds: bool = True) -> None:
-    """Mean and band of the runs' curves against `key` (step or seconds), over the range that all of them cover."""
+    """Mean of the runs' curves, from 3 runs on with a band, against `key` (step or seconds), over the range of all."""
     curves = [run["curve"] for run in runs]
     x = np.linspace(max(c[key][0] for c in curves), min(c[key][-1] for c in curves), 200)
     y = np.stack([np.interp(x, c[key], c[RETURN]) for c in curves])  # (seeds, 200)
@@ -59,7 +59,7 @@ def draw(axis: plt.Axes, runs: list[dict], key: str, label: str | None = None, s
         x = x / 60
         axis.set_xlabel("wall time, minutes")
     (line,) = axis.plot(x, y.mean(0), label=label, linewidth=1.6)
-    if len(y) > 1:
+    if len(y) > 2:
         band = student_t(len(y)) * y.std(0, ddof=1) / math.sqrt(len(y))
         low, high = y.min() - 0.05 * np.ptp(y), y.max() + 0.05 * np.ptp(y)  # few seeds make a band of any height
         bounds = np.clip((y.mean(0) - band, y.mean(0) + band), low, high)
@@ -87,14 +87,22 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def draw_learning(name: str, results: Path, to: Path) -> None:
-    """One column per environment; return against steps above, against wall time below."""
+    """One column per environment; return against steps above, against wall time below.
+
+    Seeds in records of their own, `learning_<env>_seed_<seed>.json`, ran beside other work: they are drawn above only.
+    """
+
+    def curves(path: Path) -> list[dict]:
+        return [run for run in json.loads(path.read_text())["runs"] if len(run.get("curve", {}).get("step", [])) > 1]
+
     columns = []
     for source, title, target in LEARNING[name]:
         path = results / f"learning_{source.replace('/', '-')}.json"
-        record = json.loads(path.read_text()) if path.exists() else {"runs": []}
-        runs = [run for run in record["runs"] if len(run.get("curve", {}).get("step", [])) > 1]
-        if runs:
-            columns.append((title, target, runs, record["hardware"]))
+        timed = curves(path) if path.exists() else []
+        if timed:
+            others = [run for other in sorted(results.glob(f"{path.stem}_seed_*.json")) for run in curves(other)]
+            runs = {"step": timed + others, "seconds": timed}
+            columns.append((title, target, runs, json.loads(path.read_text())["hardware"]))
         else:
             print(f"{name}: no curves of {source} in {path}, left out")
     if not columns:
@@ -102,10 +110,11 @@ def draw_learning(name: str, results: Path, to: Path) -> None:
     figure, axes = plt.subplots(2, len(columns), figsize=(3.4 * len(columns), 5.4), squeeze=False)
     for column, (title, target, runs, hardware) in zip(axes.T, columns):
         for axis, key in zip(column, ("step", "seconds")):
-            draw(axis, runs, key)
+            draw(axis, runs[key], key)
             axis.axhline(target, color="grey", linestyle=":", linewidth=1)
             dress(axis, key)
-        column[0].set_title(f"{title}\n{len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=10)
+        count = len(runs["step"])
+        column[0].set_title(f"{title}\n{count} seed{'s' * (count > 1)}", fontsize=10)
         column[1].set_title(hardware.replace("; ", "\n"), fontsize=7, color="grey")
     for axis in axes[:, 0]:
         axis.set_ylabel("return, last 100 episodes")
