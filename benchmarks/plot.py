@@ -50,7 +50,7 @@ def student_t(n: int) -> float:
 
 
 def draw(axis: plt.Axes, runs: list[dict], key: str, label: str | None = None, seeds: bool = True) -> None:
-    """Mean of the runs' curves, from 3 runs on with a band, against `key` (step or seconds), over the range of all."""
+    """Mean of the runs' curves, from 3 runs on with its 95% band, against `key` (step or seconds), as far as all go."""
     curves = [run["curve"] for run in runs]
     x = np.linspace(max(c[key][0] for c in curves), min(c[key][-1] for c in curves), 200)
     y = np.stack([np.interp(x, c[key], c[RETURN]) for c in curves])  # (seeds, 200)
@@ -92,17 +92,18 @@ def draw_learning(name: str, results: Path, to: Path) -> None:
     Seeds in records of their own, `learning_<env>_seed_<seed>.json`, ran beside other work: they are drawn above only.
     """
 
-    def curves(path: Path) -> list[dict]:
-        return [run for run in json.loads(path.read_text())["runs"] if len(run.get("curve", {}).get("step", [])) > 1]
+    def load(path: Path) -> tuple[list[dict], str]:
+        """The runs that have a curve, and their hardware."""
+        record = json.loads(path.read_text())
+        return [run for run in record["runs"] if len(run.get("curve", {}).get("step", [])) > 1], record["hardware"]
 
     columns = []
     for source, title, target in LEARNING[name]:
         path = results / f"learning_{source.replace('/', '-')}.json"
-        timed = curves(path) if path.exists() else []
+        timed, hardware = load(path) if path.exists() else ([], "")
         if timed:
-            others = [run for other in sorted(results.glob(f"{path.stem}_seed_*.json")) for run in curves(other)]
-            runs = {"step": timed + others, "seconds": timed}
-            columns.append((title, target, runs, json.loads(path.read_text())["hardware"]))
+            others = [run for other in sorted(results.glob(f"{path.stem}_seed_*.json")) for run in load(other)[0]]
+            columns.append((title, target, {"step": timed + others, "seconds": timed}, hardware))
         else:
             print(f"{name}: no curves of {source} in {path}, left out")
     if not columns:
