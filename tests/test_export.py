@@ -128,6 +128,28 @@ def test_whatever_differs_from_pytorch_is_found(place, batch, probe, capsys):
     assert f"file: {what}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("place", [0, 1])
+def test_large_outputs_are_as_exact_as_float32_allows(place, capsys):
+    """As Breakout's logits after half a million steps: up to 21, and off by 3e-5 where they cancel to 0.01."""
+    exporter = load(ROOT / "export_policy.py")
+    rows = np.arange(256, dtype=np.float32)[:, None]
+
+    def off_by(error, large):
+        def run(obs):
+            value = np.where(obs[:, 0] < large, 15.0, 0.01)
+            outputs = [np.stack([value, -value], 1), value, np.zeros(len(obs))]
+            outputs[place][-1:] += error
+            return outputs
+
+        return run
+
+    exporter.check_parity(off_by(0, 200), {"file": off_by(3e-5, 200)}, [rows], None)
+    for error, large in ((1e-3, 200), (3e-5, 50)):  # too far off; only a few rows are large
+        with pytest.raises(SystemExit, match="1"):
+            exporter.check_parity(off_by(0, large), {"file": off_by(error, large)}, [rows], None)
+        assert f"file: {('logits', 'value')[place]} differ" in capsys.readouterr().err
+
+
 def test_a_large_logit_elsewhere_excuses_no_action(capsys):
     """What counts as a tie is a matter of its own row."""
     exporter = load(ROOT / "export_policy.py")
