@@ -123,6 +123,8 @@ class Args:
     """Adam's step size"""
     anneal_lr: bool = True
     """let the learning rate fall linearly to zero over the run"""
+    final_temperature: float = 1.0
+    """temperature of the softmax policy at the run's end; near 1 until late, so it explores first, exploits last"""
     gamma: float = 0.99
     """discount factor"""
     gae_lambda: float = 0.95
@@ -148,7 +150,7 @@ class Args:
     target_kl: float | None = None
     """trust region: no update leaves mean KL(pi_old || pi) above this"""
     target_entropy: float | None = None
-    """adapt c2 so that the policy's mean entropy (nats) holds near this"""
+    """adapt c2 so that the policy's mean entropy (nats) holds near this; the temperature stays 1 then"""
 
     @property
     def stickiness(self) -> float:
@@ -219,6 +221,7 @@ class Agent(nn.Module):
         super().__init__()
         self.obs_stats = RunningStats(envs.single_observation_space.shape[1:])  # of each pixel
         self.obs_stats.var.fill_(255.0**2)  # until its first update, and for good without --norm-obs: pixels / 255
+        self.register_buffer("temperature", torch.ones(()))  # of the policy; `train` lowers it
         self.encoder = nn.Sequential(
             layer_init(nn.Conv2d(STACK, 32, 8, stride=4)),
             nn.ReLU(),
@@ -243,7 +246,7 @@ class Agent(nn.Module):
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.encoder(pixels)
         features = features.float()
-        return self.policy_head(features), self.value_head(features).squeeze(-1)
+        return self.policy_head(features) / self.temperature, self.value_head(features).squeeze(-1)
 
 
 def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv:
@@ -1057,6 +1060,7 @@ def check(args: Args) -> None:
         (args.update_epochs >= 1, "--update-epochs must be at least 1"),
         (0 <= args.stickiness <= 1, "--repeat-action-probability must be from 0 to 1"),
         (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
+        (0 < args.final_temperature < inf, "--final-temperature must be above 0 and finite"),
         (0 < args.gamma <= 1, "--gamma must be above 0 and at most 1"),
         (0 <= args.gae_lambda <= 1, "--gae-lambda must be from 0 to 1"),
         (0 < args.clip_coef < 1, "--clip-coef must be above 0 and below 1"),
@@ -1193,6 +1197,7 @@ def train(args: Args) -> None:
     mine = slice(rank * args.local_envs, (rank + 1) * args.local_envs)  # this rank's environments
     episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs)[mine])
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
+    final_temperature = args.final_temperature if args.target_entropy is None else 1.0  # c2 alone sets the entropy
     resumed, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # iterations, wall time, SPS and scores of earlier starts
 
     state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
@@ -1222,7 +1227,10 @@ def train(args: Args) -> None:
     for iteration in range(resumed + 1, args.num_iterations + 1):
         lr = args.learning_rate * (1 - (iteration - 1) / args.num_iterations if args.anneal_lr else 1)
         optimizer.lr.fill_(lr)
-        charts = {"learning_rate": lr, "ent_coef": ent_coef}
+        # falls late, as it enlarges the policy's steps too (annealed softmax policy: Sutton & Barto 2018, section 13.1)
+        temperature = 1 / (1 + (1 / final_temperature - 1) * (iteration / args.num_iterations) ** 16)
+        agent.temperature.fill_(temperature)
+        charts = {"learning_rate": lr, "temperature": temperature, "ent_coef": ent_coef}
 
         collect(agent, episodes, rollout, args, play)
         ended = [episode for part in gather(episodes.take_ended()) for episode in part]

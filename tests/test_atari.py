@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import variant_of
 from moviepy import VideoFileClip
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 SCRIPT = Path(__file__).parent.parent / "ppo_clip_atari.py"
 CPU = torch.device("cpu")
@@ -405,7 +406,7 @@ def test_what_is_no_game_of_these_is_refused(atari, tmp_path, capsys, env_id):
 
 def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
-    args = tiny(atari, eval_episodes=1, capture_video=True, run_dir=str(run_dir))
+    args = tiny(atari, eval_episodes=1, capture_video=True, final_temperature=0.25, run_dir=str(run_dir))
     with monkeypatch.context() as patch:
         patch.setattr(atari, "catch_signals", lambda: [signal.SIGTERM])  # after the first iteration
         with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
@@ -425,6 +426,16 @@ def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch)
     assert games[-1] == games[-2] not in games[:-2]  # the film is of one game, seen twice
     result = json.loads((run_dir / "result.json").read_text())
     assert 0 <= result["eval_return_mean"] < 20 and result["global_step"] == 64
+    temperatures = EventAccumulator(str(run_dir)).Reload().Scalars("charts/temperature")
+    assert [e.value for e in temperatures] == pytest.approx([1 / (1 + 3 * 0.5**16), 0.25])
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]
+    agent, plain = (atari.Agent(atari.make_envs(args, 1)) for _ in range(2))
+    agent.load_state_dict(state)
+    plain.load_state_dict(state | {"temperature": torch.ones(())})
+    obs = torch.randint(256, (3, 4, 84, 84), dtype=torch.uint8)
+    logits, values = plain(obs)
+    assert logits.std() > 0
+    torch.testing.assert_close(agent(obs), (4 * logits, values))
     assert (run_dir / "video.mp4").stat().st_size > 10_000
     with VideoFileClip(str(run_dir / "video.mp4")) as film:
         assert film.size == [480, 630]
