@@ -286,7 +286,7 @@ def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
     try:
         env = make_env()
         if rendering:
-            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pictures need no window: pygame misses no display
+            os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # or pygame complains of a missing display
             env.reset()
             picture = env.render()
             if not isinstance(picture, np.ndarray) or picture.ndim != 3:

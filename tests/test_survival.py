@@ -146,7 +146,8 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, monkeypatch, capsys):
-    flags = f"{SMALL[ATARI]} --target-entropy 1 --total-timesteps 96 --run-dir {tmp_path / 'run'}"
+    flags = f"{SMALL[ATARI]} --target-entropy 1 --final-temperature 0.25 --total-timesteps 96"
+    flags += f" --run-dir {tmp_path / 'run'}"
     monkeypatch.setattr(sys, "argv", [str(ATARI), *flags.split()])
     atari_trainer.train(atari_trainer.parse_args())
     saved = checkpoint(tmp_path / "run")
@@ -173,6 +174,7 @@ def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, mon
     assert all(torch.equal(seen["agent"][k], saved["agent"][k]) for k in saved["agent"])
     assert all(torch.equal(seen["optimizer"][k], saved["optimizer"][k]) for k in saved["optimizer"])
     assert seen["ent_coef"] == saved["ent_coef"] != 0.01
+    assert saved["agent"]["temperature"] == 1  # c2 alone sets the entropy
     assert seen["lr"] == pytest.approx(3e-4 / 4)  # the last of four iterations
     (saved_random,) = saved["random"]
     assert torch.equal(seen["random"]["torch"], saved_random["torch"])
