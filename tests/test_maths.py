@@ -328,6 +328,18 @@ def test_a_number_that_cannot_work_is_refused(trainer, capsys, field, bad):
     assert err.startswith("error: ") and err.count("\n") == 1 and f"--{field.replace('_', '-')}" in err
 
 
+@pytest.mark.parametrize("field, package", [("track", "wandb"), ("capture_video", "moviepy")])
+def test_a_missing_package_is_told_before_the_training(trainer, monkeypatch, capsys, field, package):
+    found = {"wandb": True, "moviepy": True}
+    monkeypatch.setattr(trainer.importlib.util, "find_spec", found.get)
+    trainer.check(trainer.Args(**{field: True}))
+    del found[package]
+    with pytest.raises(SystemExit, match="2"):
+        trainer.check(trainer.Args(**{field: True}))
+    flag = field.replace("_", "-")
+    assert capsys.readouterr().err == f"error: --{flag} needs `pip install {package}`\n"
+
+
 # The twins
 
 
