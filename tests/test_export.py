@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -27,10 +28,10 @@ ROOT = Path(__file__).parent.parent
 FILES = ("policy.onnx", "policy.torchscript.pt", "policy.json")
 
 
-def program(*arguments):
+def program(*arguments, **options):
     """The exporter as a user starts it."""
     command = [sys.executable, str(ROOT / "export_policy.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=200)
+    return subprocess.run(command, capture_output=True, text=True, timeout=200, **options)
 
 
 def export(*arguments):
@@ -443,6 +444,24 @@ def test_attention_exports(run_dir, tmp_path):
     (tmp_path / "run" / "checkpoint.pt").write_bytes(whole)
     done = export(tmp_path / "run")
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torch-export",  # whose own writer would abort the process
+        pytest.param("onnx", marks=pytest.mark.slow),
+        pytest.param("torchscript", marks=pytest.mark.slow),
+    ],
+)
+def test_full_disk_while_a_file_is_written(run_dir, tmp_path, name):
+    """A file may grow to 4 kB here; the files of an earlier export stay as they were."""
+    (tmp_path / "policy.json").write_text("earlier")
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
+    done = program(run_dir, "--formats", name, "--output-dir", tmp_path, preexec_fn=limit)
+    assert done.returncode == 2 and done.stderr == f"error: --output-dir {tmp_path} cannot be written: File too large\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
+    assert (tmp_path / "policy.json").read_text() == "earlier"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
