@@ -239,6 +239,21 @@ def test_sample_follows_the_policy(trainer):
     torch.testing.assert_close(frequencies, probs, atol=0.015, rtol=0)  # more than four standard deviations
 
 
+# The network's first weights
+
+
+def test_weights_begin_orthogonal_with_their_layers_gains(trainer):
+    """All singular values equal the gain: sqrt(2) in the encoder, 0.01 and 1 in the policy's and the value's head."""
+    agent = trainer.Agent(trainer.make_envs(trainer.Args(), 1))
+    gains = {agent.policy_head: 0.01, agent.value_head: 1.0}
+    layers = [layer for layer in agent.modules() if isinstance(layer, (torch.nn.Linear, torch.nn.Conv2d))]
+    assert set(gains) < set(layers)
+    for layer in layers:
+        values = torch.linalg.svdvals(layer.weight.flatten(1))
+        torch.testing.assert_close(values, torch.full_like(values, gains.get(layer, math.sqrt(2))))
+        assert not layer.bias.any()
+
+
 # CUDA graphs, as far as they show without a GPU
 
 
