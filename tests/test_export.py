@@ -457,8 +457,8 @@ def test_attention_exports(run_dir, tmp_path):
 def test_full_disk_while_a_file_is_written(run_dir, tmp_path, name):
     """A file may grow to 4 kB here; the files of an earlier export stay as they were."""
     (tmp_path / "policy.json").write_text("earlier")
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # noqa: E731
-    done = program(run_dir, "--formats", name, "--output-dir", tmp_path, preexec_fn=limit)
+    flags = ["--formats", name, "--output-dir", tmp_path]
+    done = program(run_dir, *flags, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)))
     assert done.returncode == 2 and done.stderr == f"error: --output-dir {tmp_path} cannot be written: File too large\n"
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
     assert (tmp_path / "policy.json").read_text() == "earlier"
