@@ -68,76 +68,43 @@ RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank under torchrun waits for
 @dataclass(frozen=True)
 class Args:
     # The run
-    exp_name: str = Path(__file__).stem
-    """name of the experiment, a part of the run folder's name"""
-    seed: int = 1
-    """seed of everything random: network, actions, minibatches, environments"""
-    torch_deterministic: bool = True
-    """choose cuDNN's deterministic kernels"""
-    cuda: bool = True
-    """train on the GPU when there is one"""
-    track: bool = False
-    """also log to Weights & Biases (needs `pip install wandb`)"""
-    wandb_project_name: str = "ppo_clip"
-    """Weights & Biases project"""
-    wandb_entity: str | None = None
-    """Weights & Biases team"""
-    capture_video: bool = False
-    """after training, film one game to video.mp4 in the run folder"""
-    run_dir: str | None = None
-    """folder of the run (default: runs/<env>__<exp_name>__<seed>__<time>)"""
-    resume: str | None = None
-    """run folder to go on with, from its newest good checkpoint and with its arguments"""
-    checkpoint_interval: int = 50
-    """iterations between two checkpoints; there is always one at the end"""
-    eval_episodes: int = 10
-    """whole games played after training, with sampled actions; 0 for none (needed if episodes never end)"""
+    exp_name: str = Path(__file__).stem  # name of the experiment, a part of the run folder's name
+    seed: int = 1  # seed of everything random: network, actions, minibatches, environments
+    torch_deterministic: bool = True  # choose cuDNN's deterministic kernels
+    cuda: bool = True  # train on the GPU when there is one
+    track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
+    wandb_project_name: str = "ppo_clip"  # Weights & Biases project
+    wandb_entity: str | None = None  # Weights & Biases team
+    capture_video: bool = False  # after training, film one game to video.mp4 in the run folder
+    run_dir: str | None = None  # folder of the run (default: runs/<env>__<exp_name>__<seed>__<time>)
+    resume: str | None = None  # run folder to go on with, from its newest good checkpoint and with its arguments
+    checkpoint_interval: int = 50  # iterations between two checkpoints; there is always one at the end
+    eval_episodes: int = 10  # whole games after training, with sampled actions; 0 for none, as where they never end
 
     # The environment
-    env_id: str = "CartPole-v1"
-    """environment id, `module:Name-v0` for one that a module of yours registers"""
-    num_envs: int = 64
-    """N, environments that are played side by side"""
-    num_steps: int = 32
-    """T, steps per environment and iteration"""
-    total_timesteps: int = 100_000
-    """environment steps of the whole run, over all environments"""
+    env_id: str = "CartPole-v1"  # environment id, `module:Name-v0` for one that a module of yours registers
+    num_envs: int = 64  # N, environments that are played side by side
+    num_steps: int = 32  # T, steps per environment and iteration
+    total_timesteps: int = 100_000  # environment steps of the whole run, over all environments
 
     # Learning
-    learning_rate: float = 8e-3
-    """Adam's step size"""
-    anneal_lr: bool = True
-    """let the learning rate fall linearly to zero over the run"""
-    final_temperature: float = 0.25
-    """temperature of the softmax policy at the run's end; near 1 until late, so it explores first, exploits last"""
-    gamma: float = 0.995
-    """discount factor"""
-    gae_lambda: float = 0.95
-    """lambda of generalised advantage estimation"""
-    num_minibatches: int = 4
-    """minibatches per epoch: the minibatch size is num_envs * num_steps / num_minibatches"""
-    update_epochs: int = 6
-    """K, passes over the rollout per iteration"""
-    norm_adv: bool = True
-    """normalise the advantages in each minibatch"""
-    norm_obs: bool = True
-    """normalise observations by their running mean and variance (inside the network)"""
-    norm_reward: bool = True
-    """divide rewards by the running standard deviation of the discounted return, and clip them at 10"""
-    clip_coef: float = 0.1
-    """epsilon, the clipping range of the ratio"""
-    clip_vloss: bool = False
-    """also clip the value update, as OpenAI's baselines do"""
-    ent_coef: float = 0.0
-    """c2, weight of the entropy bonus"""
-    vf_coef: float = 1.0
-    """c1, weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """clip the gradient to this global norm"""
-    target_kl: float | None = None
-    """trust region: no update leaves mean KL(pi_old || pi) above this"""
-    target_entropy: float | None = None
-    """adapt c2 so that the policy's mean entropy (nats) holds near this; the temperature stays 1 then"""
+    learning_rate: float = 8e-3  # Adam's step size
+    anneal_lr: bool = True  # let the learning rate fall linearly to zero over the run
+    final_temperature: float = 0.25  # softmax temperature at the run's end, near 1 until late: explore, then exploit
+    gamma: float = 0.995  # discount factor
+    gae_lambda: float = 0.95  # lambda of generalised advantage estimation
+    num_minibatches: int = 4  # minibatches per epoch: the minibatch size is num_envs * num_steps / num_minibatches
+    update_epochs: int = 6  # K, passes over the rollout per iteration
+    norm_adv: bool = True  # normalise the advantages in each minibatch
+    norm_obs: bool = True  # normalise observations by their running mean and variance (inside the network)
+    norm_reward: bool = True  # divide rewards by the running standard deviation of the discounted return; clip at 10
+    clip_coef: float = 0.1  # epsilon, the clipping range of the ratio
+    clip_vloss: bool = False  # also clip the value update, as OpenAI's baselines do
+    ent_coef: float = 0.0  # c2, weight of the entropy bonus
+    vf_coef: float = 1.0  # c1, weight of the value loss
+    max_grad_norm: float = 0.5  # clip the gradient to this global norm
+    target_kl: float | None = None  # trust region: no update leaves mean KL(pi_old || pi) above this
+    target_entropy: float | None = None  # adapt c2 to hold the mean entropy (nats) near this; the temperature stays 1
 
     @property
     def local_envs(self) -> int:
