@@ -224,13 +224,10 @@ def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv
     env_id = args.env_id
     if env_id.endswith("NoFrameskip-v4"):
         env_id = f"ALE/{env_id.removesuffix('NoFrameskip-v4')}-v5"
-    try:
-        spec = gym.spec(env_id)
-    except Exception:
-        fail(f"--env-id {args.env_id} is not known: it must be ALE/<Game>-v5 or <Game>NoFrameskip-v4, as ALE/Pong-v5")
-    if spec.vector_entry_point != "ale_py.vector_env:AtariVectorEnv":
-        games = "ALE/<Game>-v5 or <Game>NoFrameskip-v4"
-        fail(f"--env-id {args.env_id} is not {games}: ppo_clip_discrete.py trains what is no Atari game")
+    spec = gym.registry.get(env_id)
+    if spec is None or spec.vector_entry_point != "ale_py.vector_env:AtariVectorEnv":
+        names = "ALE/<Game>-v5 or <Game>NoFrameskip-v4, as ALE/Pong-v5"
+        fail(f"--env-id {args.env_id} is no Atari game, it must be {names}; ppo_clip_discrete.py trains others")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     look = {"grayscale": False, "img_height": 210, "img_width": 160} if colour else {}
     return gym.make_vec(
@@ -539,19 +536,13 @@ class ClippedAdam(nn.Module):
 
 
 def learn(
-    agent: Agent,
-    optimizer: ClippedAdam,
-    rollout: Rollout,
-    idx: Tensor,
-    advantages: Tensor,
-    ent_coef: Tensor,
-    args: Args,
+    agent: Agent, optimizer: ClippedAdam, rollout: Rollout, idx: Tensor, advantages: Tensor, c2: Tensor, args: Args
 ) -> dict[str, Tensor]:
     """One gradient step on the transitions `idx` (B,) with normalised `advantages` (B,). Returns the metrics."""
     logits, values = agent(rollout.observations(idx))
-    old = (x.flatten(0, 1)[idx] for x in (rollout.actions, rollout.log_probs, rollout.values))
-    returns = rollout.returns.flatten()[idx]
-    loss, metrics = ppo_clip_loss(logits, values, *old, advantages, returns, ent_coef, args)
+    batch = (x.flatten(0, 1)[idx] for x in (rollout.actions, rollout.log_probs, rollout.values, rollout.returns))
+    actions, old_log_probs, old_values, returns = batch
+    loss, metrics = ppo_clip_loss(logits, values, actions, old_log_probs, old_values, advantages, returns, c2, args)
     return metrics | {"grad_norm": optimizer.descend(loss), "finite": 1 - optimizer.found_inf}
 
 
@@ -752,30 +743,25 @@ def start_ranks(args: Args) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-@contextlib.contextmanager
-def together() -> Iterator[None]:
-    """Wraps a collective: a rank that died or hangs ends the others with a one-line error."""
-    try:
-        yield
-    except RuntimeError as error:
-        fail(f"rank {ranks()[0]} waited in vain for the other ranks: {error}", code=1)
+def together(collective: Callable, *inputs: Any) -> None:
+    """Calls a collective if there are other ranks; one that died or hangs ends this one with a one-line error."""
+    if dist.is_initialized():
+        try:
+            collective(*inputs)
+        except RuntimeError as error:
+            fail(f"rank {ranks()[0]} waited in vain for the other ranks: {error}", code=1)
 
 
 def all_mean(x: Tensor) -> Tensor:
     """Mean of `x` over all ranks, in place."""
-    if dist.is_initialized():
-        with together():
-            dist.all_reduce(x)
-        x /= dist.get_world_size()
+    together(dist.all_reduce, x, dist.ReduceOp.AVG)
     return x
 
 
 def gather(value: Any) -> list:
     """Every rank's `value`, in the order of ranks."""
     values = [value] * ranks()[1]
-    if dist.is_initialized():
-        with together():
-            dist.all_gather_object(values, value)
+    together(dist.all_gather_object, values, value)
     return values
 
 
@@ -791,8 +777,7 @@ def leave_ranks() -> None:
     the time the barrier returns, every such tensor is freed.
     """
     if dist.is_initialized():
-        with together():
-            dist.barrier()
+        together(dist.barrier)
         dist.destroy_process_group()
 
 
@@ -943,20 +928,14 @@ def versions() -> dict[str, str]:
 
 
 def start_wandb(args: Args, run_dir: Path) -> None:
-    """Mirrors TensorBoard to Weights & Biases under --track."""
-    if args.track:
-        try:
-            import wandb
+    """Mirrors TensorBoard to Weights & Biases."""
+    settings = {"project": args.wandb_project_name, "entity": args.wandb_entity, "name": run_dir.name}
+    try:
+        import wandb
 
-            wandb.init(
-                project=args.wandb_project_name,
-                entity=args.wandb_entity,
-                name=run_dir.name,
-                config=dataclasses.asdict(args),
-                sync_tensorboard=True,
-            )
-        except Exception as error:
-            fail(f"--track: {error}; then go on with --resume {run_dir}", code=1)
+        wandb.init(**settings, config=dataclasses.asdict(args), sync_tensorboard=True)
+    except Exception as error:
+        fail(f"--track: {error}; then go on with --resume {run_dir}", code=1)
 
 
 def cli(default: Args) -> Args:
@@ -1115,9 +1094,8 @@ class Report:
         self.writer.close()
 
 
-def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, seconds: float, report: Report) -> None:
+def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, started: float, report: Report) -> None:
     """Evaluates, writes result.json and films a game."""
-    started = time.time()
     scores = []
     if args.eval_episodes:
         say(f"evaluating over {args.eval_episodes} whole episodes")
@@ -1127,7 +1105,7 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, second
         "eval_return_std": float(np.std(scores)) if scores else None,
         "eval_episodes": len(scores),
         "global_step": args.num_iterations * args.batch_size,
-        "wall_seconds": seconds + time.time() - started,
+        "wall_seconds": time.time() - started,
         "sps": report.timed[0] / report.timed[1] if report.timed[0] else None,
         "seed": args.seed,
         "env_id": args.env_id,
@@ -1163,7 +1141,7 @@ def train(args: Args) -> None:
     episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs)[mine])
     ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
     final_temperature = args.final_temperature if args.target_entropy is None else 1.0  # c2 alone sets the entropy
-    resumed, seconds, timed, recent = 0, 0.0, [0, 0.0], []  # iterations, wall time, SPS and scores of earlier starts
+    resumed, timed, recent = 0, [0, 0.0], []  # iterations, SPS and scores of earlier starts
 
     state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
     if state is not None:
@@ -1171,9 +1149,8 @@ def train(args: Args) -> None:
             agent.load_state_dict(state["agent"])
             optimizer.load_state_dict(state["optimizer"])
             episodes.load_state_dict(state["episodes"][mine])
-            resumed, seconds, timed, recent, ent_coef = (
-                state[k] for k in ("iteration", "seconds", "timed", "recent", "ent_coef")
-            )
+            resumed, timed, recent, ent_coef = (state[k] for k in ("iteration", "timed", "recent", "ent_coef"))
+            started -= state["seconds"]  # as if this start went on without a break
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             fail(f"the checkpoint in {args.resume} is not of this script and environment: {error}")
     run_dir = from_rank_0(lambda: open_run(args))
@@ -1184,7 +1161,8 @@ def train(args: Args) -> None:
     if rank == 0:
         where = f"{world} x {device.type}" if world > 1 else str(device)
         say(f"{args.env_id} on {where}, {run_dir}" + f", from step {resumed * args.batch_size}" * (resumed > 0))
-        start_wandb(args, run_dir)
+        if args.track:
+            start_wandb(args, run_dir)
         report = Report(args, run_dir, resumed * args.batch_size, timed, recent)
     stop_signals = catch_signals()
     play, estimate, climb = map(Graph if device.type == "cuda" else lambda f: f, (act, compute_gae, learn))
@@ -1230,7 +1208,7 @@ def train(args: Args) -> None:
                     "random": [states for _, states in parts],  # of every rank
                     "iteration": iteration,
                     "global_step": global_step,
-                    "seconds": seconds + time.time() - started,
+                    "seconds": time.time() - started,
                     "timed": report.timed,
                     "recent": list(report.recent),
                     "ent_coef": ent_coef,
@@ -1249,7 +1227,7 @@ def train(args: Args) -> None:
     leave_ranks()
     if rank == 0:
         report.close()
-        finish(agent, args, run_dir, device, seconds + time.time() - started, report)
+        finish(agent, args, run_dir, device, started, report)
 
 
 if __name__ == "__main__":
