@@ -40,7 +40,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
@@ -316,8 +316,7 @@ class Episodes:
     def begin(self, seeds: np.ndarray) -> None:
         """Starts new games."""
         self.seeds = seeds
-        with environments():
-            starts = [envs.reset(seed=seeds[part]) for envs, part in self.groups]
+        starts = [ask(envs.reset, seed=seeds[part]) for envs, part in self.groups]
         self.obs = [obs for obs, _ in starts]  # (n, 4, 84, 84) of each group
         self.frame_number = np.concatenate([info["episode_frame_number"] for _, info in starts])  # (N,)
 
@@ -330,8 +329,7 @@ class Episodes:
     def receive(self) -> tuple[int, tuple]:
         """The next group that has played its step, and the step as the environment gives it."""
         group, step = self.arrived.get()
-        with environments():
-            return group, step.result()
+        return group, ask(step.result)
 
     def add(self, group: int, rewards: np.ndarray, frame_number: np.ndarray) -> np.ndarray:
         """Counts one step of a group's games, raw `rewards` (n,); returns whether each game is over (n,)."""
@@ -692,15 +690,13 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
 
 def step(envs: VectorEnv, actions: Tensor) -> tuple:
     """`envs.step` with actions (N,) from any device."""
-    with environments():
-        return envs.step(actions.cpu().numpy())
+    return ask(envs.step, actions.cpu().numpy())
 
 
-@contextlib.contextmanager
-def environments() -> Iterator[None]:
-    """An exception in an environment ends the run with a one-line error."""
+def ask(function: Callable, *inputs: Any, **options: Any) -> Any:
+    """What an environment's `function` returns; an exception in it ends the run with a one-line error."""
     try:
-        yield
+        return function(*inputs, **options)
     except Exception as error:
         fail(f"the environment died: {type(error).__name__}: {error}; checkpoints are intact", code=1)
 
@@ -986,6 +982,7 @@ def parse_args() -> Args:
 def check(args: Args) -> None:
     """Ends with one line where an argument cannot work."""
     inf, world, batch_size, M = math.inf, ranks()[1], args.batch_size, args.num_minibatches
+    shared = args.num_envs % world == 0 and batch_size // world % max(M, 1) == 0  # equally among the ranks
     rules = [
         (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
         (args.resume != "" and args.run_dir != "", "--resume and --run-dir need the name of a folder"),
@@ -996,10 +993,7 @@ def check(args: Args) -> None:
         (batch_size <= 2**20, "--num-envs times --num-steps must be at most 2^20 transitions"),
         (M >= 1 and batch_size % M == 0, f"--num-minibatches {M} must divide num_envs * num_steps = {batch_size}"),
         (batch_size >= 2 * M, "a minibatch needs at least 2 transitions: raise --num-envs or lower --num-minibatches"),
-        (
-            args.num_envs % world == 0 and batch_size // world % max(M, 1) == 0,
-            f"--num-envs and the minibatch size, num_envs * num_steps / num_minibatches, must divide by {world} ranks",
-        ),
+        (shared, f"--num-envs and num_envs * num_steps / num_minibatches must divide by {world} ranks"),
         (args.total_timesteps >= batch_size, f"--total-timesteps must be at least one rollout, {batch_size} steps"),
         (args.update_epochs >= 1, "--update-epochs must be at least 1"),
         (0 <= args.stickiness <= 1, "--repeat-action-probability must be from 0 to 1"),

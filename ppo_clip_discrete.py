@@ -35,7 +35,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -270,8 +270,8 @@ def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
     if len(space.shape) == 3 and space.dtype == np.uint8:
         how = "copy this script, give Agent a convolutional encoder and delete this check"
         fail(f"--env-id {args.env_id} gives images {space.shape}: {how}")
-    with environments():  # the first copy was made, a later one may fail
-        return SyncVectorEnv([make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
+    # the first copy was made, a later one may fail
+    return ask(SyncVectorEnv, [make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
 def env_seeds(seed: int, stream: int, count: int) -> np.ndarray:
@@ -315,8 +315,7 @@ class Episodes:
 
     def __init__(self, envs: SyncVectorEnv, seeds: np.ndarray):
         self.envs = envs
-        with environments():
-            self.obs = envs.reset(seed=seeds.tolist())[0].copy()  # (N, *shape)
+        self.obs = ask(envs.reset, seed=seeds.tolist())[0].copy()  # (N, *shape)
         self.returns = np.zeros(envs.num_envs)  # score so far
         self.lengths = np.zeros(envs.num_envs, dtype=np.int64)  # steps so far
         self.discounted = np.zeros(envs.num_envs)  # discounted return so far, for the reward's scale
@@ -353,8 +352,7 @@ class Episodes:
         played = [e.load_state_dict(s["environment"], o) for e, s, o in zip(self.envs.envs, states, obs)]
         if not all(played):
             print("warning: np_random and actions do not reproduce the environments: episodes restart", file=sys.stderr)
-            with environments():
-                self.obs = self.envs.reset()[0].copy()
+            self.obs = ask(self.envs.reset)[0].copy()
             return
         self.obs = obs
         self.returns, self.discounted = (np.array([s[k] for s in states]) for k in ("return", "discounted"))
@@ -645,8 +643,7 @@ class Graph:
 def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> list[float]:
     """Scores of `episodes` whole games in fresh environments, one each, with sampled actions."""
     envs = make_envs(args, episodes)
-    with environments():
-        obs, _ = envs.reset(seed=env_seeds(args.seed, 1, episodes).tolist())
+    obs, _ = ask(envs.reset, seed=env_seeds(args.seed, 1, episodes).tolist())
     generator = torch.Generator(device).manual_seed(args.seed)
     returns, over = np.zeros(episodes), np.zeros(episodes, dtype=bool)
     while not over.all():
@@ -664,8 +661,7 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
     from moviepy import ImageSequenceClip  # slow to import
 
     envs = make_envs(args, 1, render_mode="rgb_array")
-    with environments():
-        obs, _ = envs.reset(seed=env_seeds(args.seed, 2, 1).tolist())
+    obs, _ = ask(envs.reset, seed=env_seeds(args.seed, 2, 1).tolist())
     generator = torch.Generator(device).manual_seed(args.seed)
     frames, over = [], False
     while not over:
@@ -679,15 +675,13 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
 
 def step(envs: VectorEnv, actions: Tensor) -> tuple:
     """`envs.step` with actions (N,) from any device."""
-    with environments():
-        return envs.step(actions.cpu().numpy())
+    return ask(envs.step, actions.cpu().numpy())
 
 
-@contextlib.contextmanager
-def environments() -> Iterator[None]:
-    """An exception in an environment ends the run with a one-line error."""
+def ask(function: Callable, *inputs: Any, **options: Any) -> Any:
+    """What an environment's `function` returns; an exception in it ends the run with a one-line error."""
     try:
-        yield
+        return function(*inputs, **options)
     except Exception as error:
         fail(f"the environment died: {type(error).__name__}: {error}; checkpoints are intact", code=1)
 
@@ -973,6 +967,7 @@ def parse_args() -> Args:
 def check(args: Args) -> None:
     """Ends with one line where an argument cannot work."""
     inf, world, batch_size, M = math.inf, ranks()[1], args.batch_size, args.num_minibatches
+    shared = args.num_envs % world == 0 and batch_size // world % max(M, 1) == 0  # equally among the ranks
     rules = [
         (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
         (args.resume != "" and args.run_dir != "", "--resume and --run-dir need the name of a folder"),
@@ -983,10 +978,7 @@ def check(args: Args) -> None:
         (batch_size <= 2**20, "--num-envs times --num-steps must be at most 2^20 transitions"),
         (M >= 1 and batch_size % M == 0, f"--num-minibatches {M} must divide num_envs * num_steps = {batch_size}"),
         (batch_size >= 2 * M, "a minibatch needs at least 2 transitions: raise --num-envs or lower --num-minibatches"),
-        (
-            args.num_envs % world == 0 and batch_size // world % max(M, 1) == 0,
-            f"--num-envs and the minibatch size, num_envs * num_steps / num_minibatches, must divide by {world} ranks",
-        ),
+        (shared, f"--num-envs and num_envs * num_steps / num_minibatches must divide by {world} ranks"),
         (args.total_timesteps >= batch_size, f"--total-timesteps must be at least one rollout, {batch_size} steps"),
         (args.update_epochs >= 1, "--update-epochs must be at least 1"),
         (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 TWINS = {
     *("ranks", "start_ranks", "together", "all_mean", "gather", "from_rank_0", "leave_ranks"),
-    *("moments", "digest", "layer_init", "RunningStats", "env_seeds", "sample", "environments", "step"),
+    *("moments", "digest", "layer_init", "RunningStats", "env_seeds", "sample", "ask", "step"),
     *("compute_gae", "ppo_clip_loss", "say", "fail", "write_file"),
     *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph"),
     *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states"),
