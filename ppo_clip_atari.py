@@ -70,8 +70,7 @@ ENT_COEF_RATE = 2.0  # step size of log c2 per iteration, times the relative sho
 ENT_COEF_LEAD = 10  # the entropy that counts is that of so many iterations ahead, or c2 and it would swing
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank under torchrun waits for the others
 
-# The method is everything down to `evaluate`, plus `train` at the end, Algorithm 1 of the paper. Between them lies the
-# infrastructure: environment errors, torchrun ranks, files, command line, signals, logging.
+# The method is everything down to `record_video`, plus `train` at the end, Algorithm 1 of the paper.
 
 
 @dataclass(frozen=True)
@@ -138,12 +137,6 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
-
-
-def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
-    mean = all_mean(rows.mean(0))
-    return mean, all_mean((rows - mean).square().mean(0))
 
 
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
@@ -617,38 +610,6 @@ def backtrack(agent: Agent, weights: Tensor, before: Tensor, rollout: Rollout, a
     return {"kl_after_update": kl, "step_fraction": fraction}
 
 
-class Graph:
-    """`function` as one CUDA graph, because launching its many small kernels takes longer than running them.
-
-    Three warm-up calls run eagerly on a side stream, as capture requires (PyTorch's notes on CUDA graphs); the fourth
-    records the kernels, and from then on they are replayed on the same memory, with fresh random numbers. Tensor
-    arguments are copied in, all others must not change; each call overwrites the last result.
-    """
-
-    def __init__(self, function: Callable):
-        self.function, self.calls = function, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, *inputs: Any) -> Any:
-        self.calls += 1
-        if self.calls == 1:
-            self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
-        for mine, given in zip(self.inputs, inputs):
-            if isinstance(mine, Tensor):
-                mine.copy_(given)
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.result = self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return self.result
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.result = self.function(*self.inputs)
-        self.graph.replay()
-        return self.result
-
-
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> list[float]:
     """Unclipped scores of `episodes` whole games in fresh emulators, one each, with sampled actions."""
@@ -686,6 +647,9 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
         over = info["episode_frame_number"][0] < frame_number[0]
     scale = ["-vf", "scale=iw*3:ih*3:flags=neighbor"]  # not in memory, where a long game would take 24 GB
     ImageSequenceClip(frames, fps=15).write_videofile(str(path), logger=None, ffmpeg_params=scale)
+
+
+# From here to `train` all is infrastructure: environments, torchrun ranks, CUDA graphs, files, command line, logging.
 
 
 def step(envs: VectorEnv, actions: Tensor) -> tuple:
@@ -754,6 +718,12 @@ def all_mean(x: Tensor) -> Tensor:
     return x
 
 
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
+    mean = all_mean(rows.mean(0))
+    return mean, all_mean((rows - mean).square().mean(0))
+
+
 def gather(value: Any) -> list:
     """Every rank's `value`, in the order of ranks."""
     values = [value] * ranks()[1]
@@ -780,6 +750,38 @@ def leave_ranks() -> None:
 def digest(agent: nn.Module) -> str:
     """sha256 of all parameters and statistics, which must agree on all ranks."""
     return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in agent.state_dict().values())).hexdigest()
+
+
+class Graph:
+    """`function` as one CUDA graph, because launching its many small kernels takes longer than running them.
+
+    Three warm-up calls run eagerly on a side stream, as capture requires (PyTorch's notes on CUDA graphs); the fourth
+    records the kernels, and from then on they are replayed on the same memory, with fresh random numbers. Tensor
+    arguments are copied in, all others must not change; each call overwrites the last result.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+        for mine, given in zip(self.inputs, inputs):
+            if isinstance(mine, Tensor):
+                mine.copy_(given)
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.result = self.function(*self.inputs)
+        self.graph.replay()
+        return self.result
 
 
 def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:

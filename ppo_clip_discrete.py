@@ -61,8 +61,7 @@ ENT_COEF_RATE = 2.0  # step size of log c2 per iteration, times the relative sho
 ENT_COEF_LEAD = 10  # the entropy that counts is that of so many iterations ahead, or c2 and it would swing
 RANK_TIMEOUT = timedelta(minutes=10)  # how long a rank under torchrun waits for the others
 
-# The method is everything down to `evaluate`, plus `train` at the end, Algorithm 1 of the paper. Between them lies the
-# infrastructure: environment errors, torchrun ranks, files, command line, signals, logging.
+# The method is everything down to `record_video`, plus `train` at the end, Algorithm 1 of the paper.
 
 
 @dataclass(frozen=True)
@@ -124,12 +123,6 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
-    mean = all_mean(rows.mean(0))
-    return mean, all_mean((rows - mean).square().mean(0))
-
-
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     """Orthogonal weights of gain `std` and zero biases (Engstrom et al. 2020, arXiv:2005.12729, section 3)."""
     nn.init.orthogonal_(layer.weight, std)
@@ -187,55 +180,6 @@ class Agent(nn.Module):
             x = x.clamp(-self.obs_limit, self.obs_limit)
         features = self.encoder(x)
         return self.policy_head(features) / self.temperature, self.value_head(features).squeeze(-1)
-
-
-class Replayable(gym.Wrapper):
-    """Remembers how the current episode began and its actions: playing them again rebuilds an environment's state.
-
-    Exact for every environment whose only randomness is `np_random`, as Gymnasium's interface asks. Drops the infos:
-    nothing here reads them, and `SyncVectorEnv` cannot batch all kinds.
-    """
-
-    def __init__(self, env: gym.Env):
-        super().__init__(env)
-        space = env.observation_space
-        self.states = range(space.start, space.start + space.n) if isinstance(space, gym.spaces.Discrete) else None
-
-    def reset(self, *, seed=None, options=None):
-        if seed is not None:
-            self.unwrapped.np_random, _ = seeding.np_random(seed)
-        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, array.array("q")
-        return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
-
-    def step(self, action):
-        self.actions.append(action)
-        obs, reward, terminated, truncated, _ = self.env.step(action)
-        return self.checked(obs), reward, terminated, truncated, {}
-
-    def checked(self, obs) -> np.ndarray:
-        """`obs` as a copy, since the reset may write into its array. Outside a Discrete space it has no code."""
-        if self.states is not None and int(obs) not in self.states:
-            raise ValueError(f"the observation {obs} is outside {self.observation_space}")
-        return np.array(obs)
-
-    def close(self):
-        with contextlib.suppress(Exception):  # nothing is left to lose
-            self.env.close()
-
-    def state_dict(self) -> dict:
-        start = json.dumps(self.start, default=np.ndarray.tolist)
-        return {"start": start, "actions": torch.from_numpy(np.array(self.actions))}
-
-    def load_state_dict(self, state: dict, obs: np.ndarray) -> bool:
-        """Replays the episode; returns whether it ended up at `obs` (*shape) again."""
-        try:
-            self.unwrapped.np_random.bit_generator.state = json.loads(state["start"])
-            reached, _ = self.reset()
-            for action in state["actions"].numpy():
-                reached = self.step(action)[0]
-        except Exception:  # not reproducible
-            return False
-        return np.array_equal(np.asarray(reached, obs.dtype), obs, equal_nan=obs.dtype.kind == "f")
 
 
 def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
@@ -607,38 +551,6 @@ def backtrack(agent: Agent, weights: Tensor, before: Tensor, rollout: Rollout, a
     return {"kl_after_update": kl, "step_fraction": fraction}
 
 
-class Graph:
-    """`function` as one CUDA graph, because launching its many small kernels takes longer than running them.
-
-    Three warm-up calls run eagerly on a side stream, as capture requires (PyTorch's notes on CUDA graphs); the fourth
-    records the kernels, and from then on they are replayed on the same memory, with fresh random numbers. Tensor
-    arguments are copied in, all others must not change; each call overwrites the last result.
-    """
-
-    def __init__(self, function: Callable):
-        self.function, self.calls = function, 0
-        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
-
-    def __call__(self, *inputs: Any) -> Any:
-        self.calls += 1
-        if self.calls == 1:
-            self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
-        for mine, given in zip(self.inputs, inputs):
-            if isinstance(mine, Tensor):
-                mine.copy_(given)
-        if self.calls <= 3:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                self.result = self.function(*self.inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return self.result
-        if self.calls == 4:
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-                self.result = self.function(*self.inputs)
-        self.graph.replay()
-        return self.result
-
-
 @torch.no_grad()
 def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> list[float]:
     """Scores of `episodes` whole games in fresh environments, one each, with sampled actions."""
@@ -673,6 +585,9 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
     envs.close()
 
 
+# From here to `train` all is infrastructure: environments, torchrun ranks, CUDA graphs, files, command line, logging.
+
+
 def step(envs: VectorEnv, actions: Tensor) -> tuple:
     """`envs.step` with actions (N,) from any device."""
     return ask(envs.step, actions.cpu().numpy())
@@ -684,6 +599,55 @@ def ask(function: Callable, *inputs: Any, **options: Any) -> Any:
         return function(*inputs, **options)
     except Exception as error:
         fail(f"the environment died: {type(error).__name__}: {error}; checkpoints are intact", code=1)
+
+
+class Replayable(gym.Wrapper):
+    """Remembers how the current episode began and its actions: playing them again rebuilds an environment's state.
+
+    Exact for every environment whose only randomness is `np_random`, as Gymnasium's interface asks. Drops the infos:
+    nothing here reads them, and `SyncVectorEnv` cannot batch all kinds.
+    """
+
+    def __init__(self, env: gym.Env):
+        super().__init__(env)
+        space = env.observation_space
+        self.states = range(space.start, space.start + space.n) if isinstance(space, gym.spaces.Discrete) else None
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.unwrapped.np_random, _ = seeding.np_random(seed)
+        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, array.array("q")
+        return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
+
+    def step(self, action):
+        self.actions.append(action)
+        obs, reward, terminated, truncated, _ = self.env.step(action)
+        return self.checked(obs), reward, terminated, truncated, {}
+
+    def checked(self, obs) -> np.ndarray:
+        """`obs` as a copy, since the reset may write into its array. Outside a Discrete space it has no code."""
+        if self.states is not None and int(obs) not in self.states:
+            raise ValueError(f"the observation {obs} is outside {self.observation_space}")
+        return np.array(obs)
+
+    def close(self):
+        with contextlib.suppress(Exception):  # nothing is left to lose
+            self.env.close()
+
+    def state_dict(self) -> dict:
+        start = json.dumps(self.start, default=np.ndarray.tolist)
+        return {"start": start, "actions": torch.from_numpy(np.array(self.actions))}
+
+    def load_state_dict(self, state: dict, obs: np.ndarray) -> bool:
+        """Replays the episode; returns whether it ended up at `obs` (*shape) again."""
+        try:
+            self.unwrapped.np_random.bit_generator.state = json.loads(state["start"])
+            reached, _ = self.reset()
+            for action in state["actions"].numpy():
+                reached = self.step(action)[0]
+        except Exception:  # not reproducible
+            return False
+        return np.array_equal(np.asarray(reached, obs.dtype), obs, equal_nan=obs.dtype.kind == "f")
 
 
 def say(line: str) -> None:
@@ -739,6 +703,12 @@ def all_mean(x: Tensor) -> Tensor:
     return x
 
 
+def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and (biased) variance of `rows` (n, *shape) over the rows of all ranks, each (*shape)."""
+    mean = all_mean(rows.mean(0))
+    return mean, all_mean((rows - mean).square().mean(0))
+
+
 def gather(value: Any) -> list:
     """Every rank's `value`, in the order of ranks."""
     values = [value] * ranks()[1]
@@ -765,6 +735,38 @@ def leave_ranks() -> None:
 def digest(agent: nn.Module) -> str:
     """sha256 of all parameters and statistics, which must agree on all ranks."""
     return hashlib.sha256(b"".join(x.cpu().numpy().tobytes() for x in agent.state_dict().values())).hexdigest()
+
+
+class Graph:
+    """`function` as one CUDA graph, because launching its many small kernels takes longer than running them.
+
+    Three warm-up calls run eagerly on a side stream, as capture requires (PyTorch's notes on CUDA graphs); the fourth
+    records the kernels, and from then on they are replayed on the same memory, with fresh random numbers. Tensor
+    arguments are copied in, all others must not change; each call overwrites the last result.
+    """
+
+    def __init__(self, function: Callable):
+        self.function, self.calls = function, 0
+        self.graph, self.stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+
+    def __call__(self, *inputs: Any) -> Any:
+        self.calls += 1
+        if self.calls == 1:
+            self.inputs = [x.clone() if isinstance(x, Tensor) else x for x in inputs]
+        for mine, given in zip(self.inputs, inputs):
+            if isinstance(mine, Tensor):
+                mine.copy_(given)
+        if self.calls <= 3:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                self.result = self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return self.result
+        if self.calls == 4:
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
+                self.result = self.function(*self.inputs)
+        self.graph.replay()
+        return self.result
 
 
 def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
