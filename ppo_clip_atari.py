@@ -372,7 +372,7 @@ def act(agent: Agent, rollout: Rollout, idx: Tensor) -> Tensor:
 
 @torch.no_grad()
 def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act: Callable = act) -> None:
-    """Phase 1: pi_old plays T steps in N environments and fills `rollout`."""
+    """Phase 1: pi_old plays T steps in N environments and fills `rollout`. On a GPU, `act` is a `Graph` of it."""
     device = rollout.values.device
     T, N = rollout.rewards.shape
     rewards = np.zeros((T, N), dtype=np.float32)
@@ -415,19 +415,18 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
 
 
 def compute_gae(
-    rewards: Tensor,
-    values: Tensor,
-    final_values: Tensor,
-    terminated: Tensor,
-    truncated: Tensor,
+    rewards: Tensor,  # (T, N)
+    values: Tensor,  # (T+1, N) V_old
+    final_values: Tensor,  # (T, N) V_old(final observation), read only where truncated
+    terminated: Tensor,  # (T, N)
+    truncated: Tensor,  # (T, N)
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:
     """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16).
 
-    All (T, N) but `values` (T+1, N); `final_values` is read only where truncated. Returns advantages and
-    V^targ = A + V_old, both (T, N). A termination cuts the bootstrap; a truncation bootstraps the final observation's
-    value; both cut the lambda-sum (Pardo et al. 2018, arXiv:1712.00378).
+    Returns advantages and V^targ = A + V_old, both (T, N). A termination cuts the bootstrap; a truncation bootstraps
+    the final observation's value; both cut the lambda-sum (Pardo et al. 2018, arXiv:1712.00378).
     """
     next_values = torch.where(truncated, final_values, values[1:]) * ~terminated
     deltas = rewards + gamma * next_values - values[:-1]
@@ -440,20 +439,19 @@ def compute_gae(
 
 
 def ppo_clip_loss(
-    logits: Tensor,
-    values: Tensor,
-    actions: Tensor,
-    old_log_probs: Tensor,
-    old_values: Tensor,
-    advantages: Tensor,
-    returns: Tensor,
-    ent_coef: Tensor | float,
+    logits: Tensor,  # (B, A) of pi
+    values: Tensor,  # (B,)
+    actions: Tensor,  # (B,)
+    old_log_probs: Tensor,  # (B, A) of pi_old, all actions
+    old_values: Tensor,  # (B,) V_old
+    advantages: Tensor,  # (B,)
+    returns: Tensor,  # (B,) V^targ
+    ent_coef: Tensor | float,  # c2
     args: Args,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """-L of PPO-Clip (Schulman et al. 2017, equations 7 and 9), to be minimised, and its metrics.
 
-    `logits` and `old_log_probs` (B, A) with gradient only in the first, all else (B,). Entropy and KL(pi_old || pi) are
-    exact sums over the actions.
+    Entropy and KL(pi_old || pi) are exact sums over the actions.
     """
     log_probs = logits.log_softmax(-1)
     log_ratio = (log_probs - old_log_probs).gather(-1, actions.unsqueeze(-1)).squeeze(-1)
@@ -529,7 +527,7 @@ class ClippedAdam(nn.Module):
 def learn(
     agent: Agent, optimizer: ClippedAdam, rollout: Rollout, idx: Tensor, advantages: Tensor, c2: Tensor, args: Args
 ) -> dict[str, Tensor]:
-    """One gradient step on the transitions `idx` (B,) with normalised `advantages` (B,). Returns the metrics."""
+    """One gradient step on the transitions `idx` (B,) with their `advantages` (B,). Returns the metrics."""
     logits, values = agent(rollout.observations(idx))
     batch = (x.flatten(0, 1)[idx] for x in (rollout.actions, rollout.log_probs, rollout.values, rollout.returns))
     actions, old_log_probs, old_values, returns = batch
@@ -553,7 +551,7 @@ def update(
     returns: Tensor,
     ent_coef: float,
     args: Args,
-    learn: Callable = learn,
+    learn: Callable = learn,  # on a GPU a `Graph` of it
 ) -> tuple[dict[str, float], float]:
     """Phase 2: K epochs of minibatches drawn uniformly without replacement. Returns mean metrics and the next c2.
 
@@ -579,13 +577,13 @@ def update(
     by_epoch = all_mean(torch.stack(history).view(-1, args.num_minibatches, len(metrics)).mean(1))  # (epochs, metrics)
     explained = 1 - moments((returns - rollout.values[:-1]).flatten())[1] / moments(returns.flatten())[1]
     means = torch.cat([by_epoch.mean(0), explained.unsqueeze(0)]).tolist()
-    metrics = dict(zip([*metrics, "explained_variance"], means)) | trust_region
+    losses = dict(zip([*metrics, "explained_variance"], means)) | trust_region
     if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
         moved = dict(zip(metrics, (by_epoch[-1] - by_epoch[0]).tolist()))  # from the first epoch to the last
-        ahead = max(metrics["entropy"] + ENT_COEF_LEAD * moved["entropy"], 0.0)
+        ahead = max(losses["entropy"] + ENT_COEF_LEAD * moved["entropy"], 0.0)
         ent_coef *= math.exp(ENT_COEF_RATE * (1 - ahead / args.target_entropy))
         ent_coef = min(max(ent_coef, ENT_COEF_BOUNDS[0]), ENT_COEF_BOUNDS[1])
-    return metrics, ent_coef
+    return losses, ent_coef
 
 
 @torch.no_grad()
