@@ -579,8 +579,8 @@ def update(
     means = torch.cat([by_epoch.mean(0), explained.unsqueeze(0)]).tolist()
     losses = dict(zip([*metrics, "explained_variance"], means)) | trust_region
     if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
-        moved = dict(zip(metrics, (by_epoch[-1] - by_epoch[0]).tolist()))  # from the first epoch to the last
-        ahead = max(losses["entropy"] + ENT_COEF_LEAD * moved["entropy"], 0.0)
+        entropy = by_epoch[:, [*metrics].index("entropy")]
+        ahead = max(losses["entropy"] + ENT_COEF_LEAD * float(entropy[-1] - entropy[0]), 0.0)
         ent_coef *= math.exp(ENT_COEF_RATE * (1 - ahead / args.target_entropy))
         ent_coef = min(max(ent_coef, ENT_COEF_BOUNDS[0]), ENT_COEF_BOUNDS[1])
     return losses, ent_coef
@@ -636,7 +636,7 @@ def record_video(agent: Agent, args: Args, path: Path, device: torch.device) -> 
     generator = torch.Generator(device).manual_seed(args.seed)
     frames, over = [], False
     while not over:
-        frames.append(picture[0, -1])
+        frames.append(picture[0, -1].copy())  # a view would keep all four of the stack
         frame_number = info["episode_frame_number"]
         logits, _ = agent(to_tensor(obs, device))
         actions = sample(logits, generator)
@@ -965,7 +965,7 @@ def parse_args() -> Args:
     if args.resume:
         try:
             saved = Args(**json.loads((Path(args.resume) / "args.json").read_text())["args"])
-            check(saved)
+            check(dataclasses.replace(saved, capture_video=False))  # this command may leave it out
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--resume {args.resume} holds no run of this script: {error}")
         saved = dataclasses.replace(saved, resume=args.resume, run_dir=args.run_dir if restarted else None)
@@ -1013,6 +1013,18 @@ def check(args: Args) -> None:
     for holds, message in rules:
         if not holds:
             fail(message)
+
+
+def check_finite(iteration: int, losses: dict[str, float], statistics: list[str], run_dir: Path) -> None:
+    """Ends the run where losses, the gradient or the named `statistics` are not finite."""
+    if losses["finite"] < 1 or not math.isfinite(losses["loss"]) or statistics:
+        names = [tag for tag, value in losses.items() if not math.isfinite(value)] + statistics
+        fail(
+            f"iteration {iteration}: not finite: {', '.join(names) or 'the gradient'}. Lower --learning-rate, or look "
+            "for rewards and observations that are not finite, or whose squares are not; "
+            f"{run_dir} keeps its last good checkpoint",
+            code=1,
+        )
 
 
 def catch_signals() -> list[int]:
@@ -1108,8 +1120,15 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
     if scores:
         say(f"evaluation: mean return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {len(scores)} episodes")
     if args.capture_video:
-        record_video(agent, args, run_dir / "video.mp4", device)
-        say(f"video: {run_dir / 'video.mp4'}")
+        from moviepy import VideoFileClip  # slow to import
+
+        video = run_dir / "video.mp4"
+        try:
+            record_video(agent, args, video, device)
+            VideoFileClip(str(video)).close()  # opens only a whole film; moviepy overlooks ffmpeg's exit status
+        except OSError as error:
+            fail(f"cannot film {video}, is the disk full? All else is complete: {error}", code=1)
+        say(f"video: {video}")
 
 
 def train(args: Args) -> None:
@@ -1133,7 +1152,7 @@ def train(args: Args) -> None:
     optimizer = ClippedAdam(agent, args)
     mine = slice(rank * args.local_envs, (rank + 1) * args.local_envs)  # this rank's environments
     episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs)[mine])
-    ent_coef = args.ent_coef if args.target_entropy is None else max(args.ent_coef, 0.01)
+    ent_coef = args.ent_coef if args.target_entropy is None else min(max(args.ent_coef, 0.01), ENT_COEF_BOUNDS[1])
     final_temperature = args.final_temperature if args.target_entropy is None else 1.0  # c2 alone sets the entropy
     resumed, timed, recent = 0, [0, 0.0], []  # iterations, SPS and scores of earlier starts
 
@@ -1152,12 +1171,13 @@ def train(args: Args) -> None:
     seed_all(int(env_seeds(args.seed, 3 + resumed, world)[rank]))  # from here on each rank has its own random stream
     if state is not None and len(state["random"]) == world:
         set_random_states(state["random"][rank])
+    global_step = resumed * args.batch_size
     if rank == 0:
         where = f"{world} x {device.type}" if world > 1 else str(device)
-        say(f"{args.env_id} on {where}, {run_dir}" + f", from step {resumed * args.batch_size}" * (resumed > 0))
+        say(f"{args.env_id} on {where}, {run_dir}" + f", from step {global_step}" * (resumed > 0))
         if args.track:
             start_wandb(args, run_dir)
-        report = Report(args, run_dir, resumed * args.batch_size, timed, recent)
+        report = Report(args, run_dir, global_step, timed, recent)
     stop_signals = catch_signals()
     play, estimate, climb = map(Graph if device.type == "cuda" else lambda f: f, (act, compute_gae, learn))
 
@@ -1174,14 +1194,7 @@ def train(args: Args) -> None:
         played = rollout.rewards, rollout.values, rollout.final_values, rollout.terminated, rollout.truncated
         advantages, returns = estimate(*played, args.gamma, args.gae_lambda)
         losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args, climb)
-        if losses["finite"] < 1 or not math.isfinite(losses["loss"]):
-            names = ", ".join(tag for tag, value in losses.items() if not math.isfinite(value)) or "the gradient"
-            fail(
-                f"iteration {iteration}: not finite: {names}. Lower --learning-rate, or look for rewards and "
-                f"observations that are not finite; {run_dir} keeps its last good checkpoint",
-                code=1,
-            )
-
+        check_finite(iteration, losses, [], run_dir)
         if args.norm_obs:  # only between iterations: pi_old and pi must see the same inputs
             some = rollout.frames[STACK - 1 : -2 : max(1, args.num_steps // 8)]  # at least 8 steps, or all
             agent.obs_stats.update(some.flatten(0, 1))
@@ -1189,17 +1202,17 @@ def train(args: Args) -> None:
         global_step = iteration * args.batch_size
         if rank == 0:
             report.iteration(global_step, charts, losses, ended)
-        stopping = [number for caught in gather(stop_signals) for number in caught]  # of any rank
+        stopping = any(gather(stop_signals))  # of any rank
         if iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations or stopping:
-            if len(set(gather(digest(agent)))) > 1:
+            digests, states, random_states = zip(*gather((digest(agent), episodes.state_dict(), get_random_states())))
+            if len(set(digests)) > 1:
                 fail(f"iteration {iteration}: the ranks' parameters differ; go on with --resume {run_dir}", code=1)
-            parts = gather((episodes.state_dict(), get_random_states()))
             if rank == 0:
                 state = {
                     "agent": agent.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "episodes": [episode for part, _ in parts for episode in part],  # of all environments
-                    "random": [states for _, states in parts],  # of every rank
+                    "episodes": [episode for part in states for episode in part],  # of all environments
+                    "random": list(random_states),  # of every rank
                     "iteration": iteration,
                     "global_step": global_step,
                     "seconds": time.time() - started,
@@ -1207,22 +1220,28 @@ def train(args: Args) -> None:
                     "recent": list(report.recent),
                     "ent_coef": ent_coef,
                     "args": dataclasses.asdict(args),
-                    "versions": versions(),
                 }
                 save_checkpoint(run_dir, state)
         if stopping:
-            leave_ranks()
-            if rank == 0:
-                report.close()
-                say(f"stopped at step {global_step}: go on with --resume {run_dir}")
-            raise SystemExit(128 + stopping[0])
-    stop_signals.append(0)  # from here on nothing is left to lose: the next signal ends the run at once
+            break
     episodes.close()
+    caught = [number for numbers in gather(stop_signals) for number in numbers]  # of any rank, since the start
+    stop_signals.append(0)  # from here on nothing is left to lose: the next signal ends the run at once
     leave_ranks()
     if rank == 0:
         report.close()
+    if caught:
+        if rank == 0:
+            say(f"stopped at step {global_step}: go on with --resume {run_dir}")
+        raise SystemExit(128 + caught[0])
+    if rank == 0:
         finish(agent, args, run_dir, device, started, report)
 
 
 if __name__ == "__main__":
-    train(parse_args())
+    try:
+        train(parse_args())
+    except (MemoryError, RuntimeError) as error:
+        if "allocate" not in str(error):
+            raise
+        fail("out of memory: raise --num-minibatches, or lower --num-envs or --num-steps", code=1)

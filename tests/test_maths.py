@@ -18,7 +18,8 @@ TWINS = {
     *("compute_gae", "ppo_clip_loss", "say", "fail", "write_file"),
     *("categorical_kl", "ClippedAdam", "learn", "normalise", "update", "backtrack", "Graph"),
     *("save_checkpoint", "load_checkpoint", "seed_all", "get_random_states", "set_random_states"),
-    *("lock_run_dir", "open_run", "versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report", "finish"),
+    *("lock_run_dir", "open_run", "versions", "start_wandb", "cli", "parse_args", "catch_signals", "Report"),
+    *("check_finite", "finish"),
 }
 DIFFERENT = {
     *("Args", "Agent", "make_envs", "Rollout", "Episodes", "act", "collect", "to_tensor", "evaluate", "record_video"),
@@ -380,6 +381,13 @@ def test_twins_are_the_same_text(name):
         pytest.skip("needs both trainers")
     one, other = map(definitions, TRAINERS)
     assert one[name] == other[name]
+
+
+def test_both_trainers_start_alike():
+    if not all(path.exists() for path in TRAINERS):
+        pytest.skip("needs both trainers")
+    one, other = (path.read_text().partition("\nif __name__")[2] for path in TRAINERS)
+    assert one == other != ""
 
 
 @pytest.mark.parametrize("name", sorted(DIFFERENT))

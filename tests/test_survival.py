@@ -133,6 +133,26 @@ def test_a_signal_ends_with_a_checkpoint_of_the_last_step(tmp_path, number):
     assert checkpoint(tmp_path / "run")["global_step"] == logged_steps(tmp_path / "run")[-1]
 
 
+@pytest.mark.parametrize("path", [DISCRETE, ATARI], ids=["discrete", "atari"])
+def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_before_its_evaluation(
+    path, tmp_path, monkeypatch, capsys
+):
+    script = load(path)
+    save = script.save_checkpoint
+
+    def interrupted(run_dir, state):
+        os.kill(os.getpid(), signal.SIGTERM)
+        save(run_dir, state)
+
+    monkeypatch.setattr(script, "save_checkpoint", interrupted)
+    flags = f"{SMALL[path]} --total-timesteps 128 --run-dir {tmp_path / 'run'}"
+    monkeypatch.setattr(sys, "argv", [str(path), *flags.split()])
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        script.train(script.parse_args())
+    assert f"stopped at step 128: go on with --resume {tmp_path / 'run'}\n" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "run")["global_step"] == 128 and not (tmp_path / "run" / "result.json").exists()
+
+
 def test_a_second_signal_ends_at_once(tmp_path):
     flags = "--num-envs 64 --num-steps 16384 --update-epochs 50 --total-timesteps 100000000"  # minutes an iteration
     process = start(DISCRETE, *flags.split(), "--run-dir", tmp_path / "run")
@@ -415,6 +435,30 @@ def test_full_disk_at_the_start_leaves_a_folder_that_can_be_used(discrete, tmp_p
     assert err.count("\n") == 1 and "No space left" in err and "start again" in err and "--resume" not in err
     assert discrete.open_run(args) == tmp_path / "run"
     assert (tmp_path / "run" / "args.json").exists()
+
+
+def test_full_disk_while_a_film_is_written(discrete, finished, tmp_path, monkeypatch, capsys):
+    film = tmp_path / "run" / "video.mp4"
+    shutil.copytree(finished, tmp_path / "run")
+    clip = SimpleNamespace(write_videofile=lambda path, **_: film.write_bytes(b"its beginning"))
+    monkeypatch.setattr("moviepy.ImageSequenceClip", lambda *_, **__: clip)  # ends as if all were well
+    monkeypatch.setattr(sys, "argv", [str(DISCRETE), "--resume", str(tmp_path / "run"), "--capture-video"])
+    with pytest.raises(SystemExit, match="1"):
+        discrete.train(discrete.parse_args())
+    out, err = capsys.readouterr()
+    assert err.startswith(f"error: cannot film {film}, is the disk full?") and err.count("\n") == 1
+    assert "evaluation: " in out and "video: " not in out
+
+
+def test_more_memory_than_there_is(tmp_path):
+    flags = (
+        f"{SMALL[ATARI]} --num-steps 524288 --total-timesteps 1048576 --run-dir {tmp_path / 'run'}"  # 7 GB of pixels
+    )
+    limit = (4 * 10**9, 4 * 10**9)
+    process = start(ATARI, *flags.split(), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert err == "error: out of memory: raise --num-minibatches, or lower --num-envs or --num-steps\n"
 
 
 def test_full_disk_while_tensorboard_writes(tmp_path):
