@@ -78,7 +78,7 @@ class Args:
     run_dir: str | None = None  # folder of the run (default: runs/<env>__<exp_name>__<seed>__<time>)
     resume: str | None = None  # run folder to go on with, from its newest good checkpoint and with its arguments
     checkpoint_interval: int = 50  # iterations between two checkpoints; there is always one at the end
-    eval_episodes: int = 10  # whole games after training, with sampled actions; 0 for none, as where they never end
+    eval_episodes: int = 10  # whole games after training, actions sampled; 0 for none (needed if games never end)
 
     # The environment
     env_id: str = "CartPole-v1"  # environment id, `module:Name-v0` for one that a module of yours registers
@@ -808,6 +808,8 @@ def load_checkpoint(run_dir: Path) -> dict | None:
             state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             if not isinstance(state, dict):
                 raise ValueError("it holds no run's state")
+        except OSError as error:
+            fail(f"{path} cannot be read: {error.strerror}")
         except Exception as error:
             damaged.append(path.name)
             print(f"warning: {path} is damaged: {' '.join(str(error).split())[:80]}", file=sys.stderr)
@@ -872,7 +874,7 @@ def open_run(args: Args) -> Path:
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     record = {
-        "script": Path(__file__).name,
+        "script": str(Path(__file__).resolve()),
         "command": sys.argv,
         "commit": commit or None,
         "versions": versions(),
@@ -981,8 +983,8 @@ def check(args: Args) -> None:
         (shared, f"--num-envs and num_envs * num_steps / num_minibatches must divide by {world} ranks"),
         (args.total_timesteps >= batch_size, f"--total-timesteps must be at least one rollout, {batch_size} steps"),
         (args.update_epochs >= 1, "--update-epochs must be at least 1"),
-        (0 <= args.learning_rate < inf, "--learning-rate must be 0 or more and finite"),
-        (0 < args.final_temperature < inf, "--final-temperature must be above 0 and finite"),
+        (0 <= args.learning_rate <= 1, "--learning-rate must be from 0 to 1"),
+        (1e-3 <= args.final_temperature <= 1, "--final-temperature must be from 0.001 to 1"),
         (0 < args.gamma <= 1, "--gamma must be above 0 and at most 1"),
         (0 <= args.gae_lambda <= 1, "--gae-lambda must be from 0 to 1"),
         (0 < args.clip_coef < 1, "--clip-coef must be above 0 and below 1"),
@@ -1006,7 +1008,7 @@ def check_finite(iteration: int, losses: dict[str, float], statistics: list[str]
         fail(
             f"iteration {iteration}: not finite: {', '.join(names) or 'the gradient'}. Lower --learning-rate, or look "
             "for rewards and observations that are not finite, or whose squares are not; "
-            f"{run_dir} keeps its last good checkpoint",
+            f"checkpoints in {run_dir} are intact",
             code=1,
         )
 
@@ -1102,7 +1104,7 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
     }
     write_file(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
     if scores:
-        say(f"evaluation: mean return {np.mean(scores):.1f} ± {np.std(scores):.1f} over {len(scores)} episodes")
+        say(f"evaluation: mean return {np.mean(scores):.1f} +/- {np.std(scores):.1f} over {len(scores)} episodes")
     if args.capture_video:
         from moviepy import VideoFileClip  # slow to import
 
@@ -1226,6 +1228,8 @@ def train(args: Args) -> None:
 if __name__ == "__main__":
     try:
         train(parse_args())
+    except KeyboardInterrupt:  # before `train` catches signals
+        raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
         if "allocate" not in str(error):
             raise

@@ -66,7 +66,7 @@ def test_files_agree_and_are_described(run_dir, exported):
     assert sorted(p.name for p in exported.iterdir()) == sorted(FILES)
     about = json.loads((exported / "policy.json").read_text())
     assert about["env_id"] == "CartPole-v1" and about["global_step"] == 4096 and about["action_meanings"] == ["0", "1"]
-    assert about["first_action"] == 0 and about["score"]["eval_episodes"] == 1
+    assert about["first_action"] == 0 and about["score"]["eval_episodes"] == 1 and about["gamma"] == 0.995
     scale = torch.load(run_dir / "checkpoint.pt", weights_only=True)["agent"]["return_stats.var"].sqrt()
     assert float(re.search(r"divided by ([\d.]+), the run's reward scale", about["value_units"])[1]) == pytest.approx(
         float(scale), rel=1e-5
@@ -274,7 +274,7 @@ def test_latency_and_int8_are_reported(everything):
     assert {row["runtime"] for row in rows} == {"PyTorch eager", *about["sha256"]}
     assert all(0 < row["median_ms"] <= row["p99_ms"] for row in about["latency"])
     int8 = about["int8"]
-    assert int8["observations"] == 10_000 and 0.5 < int8["action_agreement"] <= 1
+    assert int8["observations"] == 10_000 and 0.95 < int8["action_agreement"] <= 1
     assert int8["verdict"] == ("at least 95 %" if int8["action_agreement"] >= 0.95 else "under 95 %")
     model = onnx.load(everything / "policy.int8.onnx")
     assert json.loads({p.key: p.value for p in model.metadata_props}["int8"]) == int8
@@ -343,6 +343,24 @@ def test_the_checkpoint_before_serves_for_a_damaged_one(run_dir, tmp_path):
     done = export(folder)
     assert done.returncode == 0 and "warning" in done.stderr
     assert all((folder / name).exists() for name in FILES)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_not_passed_over(run_dir, tmp_path):
+    shutil.copytree(run_dir, tmp_path / "run")
+    (tmp_path / "run" / "checkpoint.pt").rename(tmp_path / "run" / "checkpoint.prev.pt")
+    (tmp_path / "run" / "checkpoint.pt").mkdir()
+    done = export(tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path / 'run' / 'checkpoint.pt'} cannot be read: Is a directory\n"
+
+
+def test_a_folder_in_the_place_of_a_file_leaves_the_others(run_dir, tmp_path):
+    (tmp_path / "policy.onnx").write_text("an earlier one")
+    (tmp_path / "policy.json").mkdir()
+    done = export(run_dir, "--formats", "onnx", "--output-dir", tmp_path)
+    assert done.returncode == 2 and f"error: {tmp_path / 'policy.json'} is a folder" in done.stderr
+    assert (tmp_path / "policy.onnx").read_text() == "an earlier one"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["policy.json", "policy.onnx"]
 
 
 def test_code_in_a_checkpoint_does_not_run(run_dir, tmp_path):
@@ -614,13 +632,7 @@ def test_a_wrapped_environment_whose_module_lies_beside_the_script_exports(tmp_p
     flags = "--env-id own:Own-v0 --num-envs 4 --num-steps 16 --total-timesteps 128 --eval-episodes 0 --run-dir run"
     command = [sys.executable, "variant/my_ppo.py", *flags.split()]
     subprocess.run(command, check=True, cwd=tmp_path, timeout=200)
-    done = subprocess.run(
-        [sys.executable, ROOT / "export_policy.py", "run", "--formats", "onnx"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = program(tmp_path / "run", "--formats", "onnx", cwd=ROOT)  # another folder than the run's
     assert done.returncode == 0, done.stderr
     about = json.loads((tmp_path / "run" / "policy.json").read_text())
     assert about["inputs"][0]["shape"] == ["batch", 2, 4500]

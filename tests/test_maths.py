@@ -329,10 +329,10 @@ def test_evaluation_samples_its_actions(trainer, monkeypatch):
         *[("seed", -1), ("checkpoint_interval", 0), ("eval_episodes", -1), ("num_envs", 0), ("num_steps", 0)],
         *[("num_steps", 2**20), ("num_minibatches", 0), ("num_minibatches", 3), ("num_minibatches", 2048)],
         *[("total_timesteps", 10), ("update_epochs", 0), ("run_dir", ""), ("resume", "")],
-        *[("learning_rate", -1.0), ("learning_rate", np.inf), ("gamma", 0.0), ("gamma", 1.1), ("gamma", np.nan)],
+        *[("learning_rate", -1.0), ("learning_rate", 1.1), ("gamma", 0.0), ("gamma", 1.1), ("gamma", np.nan)],
         *[("gae_lambda", -0.1), ("gae_lambda", 1.1), ("clip_coef", 0.0), ("clip_coef", 1.5), ("clip_coef", np.nan)],
         *[("ent_coef", -0.1), ("ent_coef", np.inf), ("vf_coef", -0.1), ("vf_coef", np.nan), ("max_grad_norm", 0.0)],
-        *[("final_temperature", 0.0), ("final_temperature", np.inf), ("target_kl", 0.0), ("target_kl", np.inf)],
+        *[("final_temperature", 0.0), ("final_temperature", 1.1), ("target_kl", 0.0), ("target_kl", np.inf)],
         *[("target_entropy", 0.0), ("target_entropy", np.nan)],
     ],
 )

@@ -74,7 +74,8 @@ def finished(discrete, tmp_path_factory):
     """A finished small run's folder; tests copy what they damage."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     flags = f"{SMALL[DISCRETE]} --total-timesteps 512 --checkpoint-interval 1 --run-dir {run_dir}"
-    assert start(DISCRETE, *flags.split()).wait() == 0
+    environ = os.environ | {"PYTHONIOENCODING": "ascii"}  # as where the terminal knows no more
+    assert start(DISCRETE, *flags.split(), env=environ).wait() == 0
     return run_dir
 
 
@@ -151,6 +152,16 @@ def test_a_signal_while_the_last_checkpoint_is_written_ends_the_run_before_its_e
         script.train(script.parse_args())
     assert f"stopped at step 128: go on with --resume {tmp_path / 'run'}\n" in capsys.readouterr().out
     assert checkpoint(tmp_path / "run")["global_step"] == 128 and not (tmp_path / "run" / "result.json").exists()
+
+
+def test_an_interrupt_before_the_training(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\nprint('ready', flush=True)\ntime.sleep(60)\n")
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    process = start(DISCRETE, "--env-id", "slow:Slow-v0", "--run-dir", tmp_path / "run", env=environ)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 130 and err == "" and not (tmp_path / "run").exists()
 
 
 def test_a_second_signal_ends_at_once(tmp_path):
@@ -296,6 +307,15 @@ def test_a_damaged_checkpoint_never_replaces_the_good_one(finished, tmp_path):
     assert (tmp_path / "checkpoint.pt.damaged").read_bytes() == b"damaged"
     assert checkpoint(tmp_path)["iteration"] == 4
     assert checkpoint(tmp_path, "checkpoint.prev.pt")["iteration"] == 3
+
+
+def test_a_checkpoint_that_cannot_be_read_stays(discrete, finished, tmp_path, capsys):
+    (tmp_path / "checkpoint.prev.pt").write_bytes((finished / "checkpoint.prev.pt").read_bytes())
+    (tmp_path / "checkpoint.pt").mkdir()  # as one of another user would, it raises an OSError
+    with pytest.raises(SystemExit, match="2"):
+        discrete.load_checkpoint(tmp_path)
+    assert capsys.readouterr().err == f"error: {tmp_path / 'checkpoint.pt'} cannot be read: Is a directory\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
 
 
 def test_arguments_of_a_wrong_type_in_the_run_folder(discrete, finished, tmp_path, monkeypatch, capsys):
