@@ -279,6 +279,9 @@ def test_latency_and_int8_are_reported(everything):
     model = onnx.load(everything / "policy.int8.onnx")
     assert json.loads({p.key: p.value for p in model.metadata_props}["int8"]) == int8
     assert "QuantizeLinear" in {node.op_type for node in model.graph.node}
+    whole = [onnx.numpy_helper.to_array(x) for x in model.graph.initializer if x.data_type == onnx.TensorProto.INT8]
+    weights = [x for x in whole if x.ndim == 2]
+    assert len(weights) == 4 and all(np.abs(x.astype(int)).max() <= 64 for x in weights)  # 7 bits: no saturation
 
 
 @pytest.mark.parametrize("changed", [0, 33])
