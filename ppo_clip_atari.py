@@ -1232,12 +1232,12 @@ def train(args: Args) -> None:
     leave_ranks()
     if rank == 0:
         report.close()
-    if caught:
-        if rank == 0:
+        if caught:
             say(f"stopped at step {global_step}: go on with --resume {run_dir}")
+        else:
+            finish(agent, args, run_dir, device, started, report)
+    if caught:
         raise SystemExit(128 + caught[0])
-    if rank == 0:
-        finish(agent, args, run_dir, device, started, report)
 
 
 if __name__ == "__main__":
