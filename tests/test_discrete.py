@@ -355,6 +355,15 @@ def test_entropy_is_held_near_its_target(script, tmp_path, monkeypatch, target):
     assert checkpoint(tmp_path / "run")["agent"]["temperature"] == (1 if target else 0.25)
 
 
+@pytest.mark.parametrize("given, first", [(0.0, 0.01), (0.2, 0.2), (5.0, 0.5)])
+def test_the_first_entropy_weight_under_a_target(script, tmp_path, monkeypatch, given, first):
+    seen = []
+    monkeypatch.setattr(script, "update", lambda *inputs: seen.append(inputs[5]) or script.fail("enough", code=7))
+    with pytest.raises(SystemExit, match="7"):
+        script.train(tiny(script, target_entropy=0.5, ent_coef=given, run_dir=str(tmp_path / "run")))
+    assert seen == [first]
+
+
 def test_a_tiny_target_entropy_overflows_nothing(script, monkeypatch):
     monkeypatch.setattr(script, "ENT_COEF_LEAD", 1e6)  # as if the entropy fell that fast
     args = tiny(script, target_entropy=1e-3, learning_rate=0.05)
@@ -446,12 +455,16 @@ def test_nothing_is_learned_from_what_is_not_finite(script, where):
     assert all(torch.equal(p, q) for p, q in zip(agent.parameters(), before))
 
 
-def test_infinite_reward_ends_the_run_with_one_line(script, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "what, changed",
+    [("loss", {"env_id": "ScriptedInfinite-v0"}), ("grad_norm", {"vf_coef": 1e25})],  # there the loss is finite
+)
+def test_what_is_not_finite_ends_the_run_with_one_line(script, tmp_path, capsys, what, changed):
     with pytest.raises(SystemExit) as stop:
-        script.train(tiny(script, env_id="ScriptedInfinite-v0", run_dir=str(tmp_path / "run")))
+        script.train(tiny(script, run_dir=str(tmp_path / "run"), **changed))
     assert stop.value.code == 1
     err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert len(err) == 1 and "not finite" in err[0]
+    assert len(err) == 1 and f"not finite: {what}" in err[0]
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

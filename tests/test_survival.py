@@ -540,14 +540,27 @@ def test_a_finished_run_is_evaluated_anew_and_filmed(discrete, finished, tmp_pat
         monkeypatch.delenv(name, raising=False)
     run_dir = tmp_path / "run"
     shutil.copytree(finished, run_dir)
+    discrete.save_checkpoint(run_dir, checkpoint(run_dir) | {"seconds": 1000.0})
     before = checkpoint(run_dir)["agent"]
     arguments = ["--resume", str(run_dir), "--eval-episodes", "3", "--capture-video"]
     monkeypatch.setattr(sys, "argv", ["ppo_clip_discrete.py", *arguments])
     discrete.train(discrete.parse_args())
-    assert json.loads((run_dir / "result.json").read_text())["eval_episodes"] == 3
+    result = json.loads((run_dir / "result.json").read_text())
+    assert result["eval_episodes"] == 3 and 1000 < result["wall_seconds"] < 1100
     assert (run_dir / "video.mp4").stat().st_size > 500
     assert "error" not in capfd.readouterr().err  # pygame's, of a display that is not there
     assert all(torch.equal(x, before[name]) for name, x in checkpoint(run_dir)["agent"].items())
+
+
+def test_a_film_can_be_left_out_where_its_package_is_missing(discrete, finished, tmp_path, monkeypatch):
+    record = json.loads((finished / "args.json").read_text())
+    (tmp_path / "args.json").write_text(json.dumps(record | {"args": record["args"] | {"capture_video": True}}))
+    monkeypatch.setattr(discrete.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "argv", [str(DISCRETE), "--resume", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        discrete.parse_args()
+    sys.argv.append("--no-capture-video")
+    assert discrete.parse_args().capture_video is False
 
 
 def test_a_resume_without_a_checkpoint_says_so(discrete, tmp_path, monkeypatch, capsys):
