@@ -697,6 +697,7 @@ def start_ranks(args: Args) -> torch.device:
         store, rank, world = next(rendezvous("env://"))
         store = dist.PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)  # no addresses of a dead attempt
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "3"  # at a timeout just end; torchrun's 1 waits for the graphs
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=RANK_TIMEOUT)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
@@ -959,6 +960,8 @@ def parse_args() -> Args:
     nameless = os.environ.get("TORCHELASTIC_RUN_ID") == "none"  # torchrun's default job id
     if nameless and args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         fail("--max-restarts needs --standalone or --rdzv-id: a restart recognises its run by the job's id")
+    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        fail("--max-restarts works on one machine, as each counts restarts for itself: leave it out, then use --resume")
     if restarted and args.run_dir:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no run yet, or not a run folder
             job = json.loads((Path(args.run_dir) / "args.json").read_text()).get("job")
@@ -1229,6 +1232,7 @@ def train(args: Args) -> None:
     episodes.close()
     caught = [number for numbers in gather(stop_signals) for number in numbers]  # of any rank, since the start
     stop_signals.append(0)  # from here on nothing is left to lose: the next signal ends the run at once
+    del play, estimate, climb  # NCCL's communicator ends only after every graph that holds one of its collectives
     leave_ranks()
     if rank == 0:
         report.close()

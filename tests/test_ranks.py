@@ -181,7 +181,7 @@ def start(tmp_path, script, *flags, restarts=0):
 @pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_rank_restarts_the_job_from_its_checkpoint(tmp_path, victim):
     flags = f"{SMALL} --eval-episodes 1 --checkpoint-interval 5 --total-timesteps 25600 --run-dir {tmp_path / 'run'}"
-    process, pids = start(tmp_path, DISCRETE, *flags.split(), restarts=3)
+    process, pids = start(tmp_path, DISCRETE, *flags.split(), restarts=1)
     os.kill(pids[victim], signal.SIGKILL)
     assert process.wait(timeout=200) == 0, (tmp_path / "log").read_text()
     text = (tmp_path / "log").read_text()
@@ -207,6 +207,19 @@ def test_restarts_need_a_name_for_the_job(tmp_path):
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
     assert done.returncode != 0 and "--max-restarts needs --standalone or --rdzv-id" in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_restarts_are_refused_over_several_machines(trainer, tmp_path, monkeypatch, capsys):
+    """Each machine's TORCHELASTIC_RESTART_COUNT counts its own ranks' deaths only."""
+    monkeypatch.setattr(sys, "argv", [trainer.__file__, "--run-dir", str(tmp_path / "run")])
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+    trainer.parse_args()
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(SystemExit, match="2"):
+        trainer.parse_args()
+    err = capsys.readouterr().err
+    assert err.startswith("error: --max-restarts works on one machine") and err.count("\n") == 1
 
 
 def test_another_launchers_variables_make_no_ranks(tmp_path):
