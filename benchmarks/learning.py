@@ -189,19 +189,20 @@ def main() -> None:
         tell(run)
         runs = sorted([*runs, run], key=lambda run: run["seed"])
         scores = [run["eval_return_mean"] for run in runs if run.get("eval_return_mean") is not None]
-        times = [run["command_seconds"] for run in runs if "command_seconds" in run]
+        times = [run["command_seconds"] for run in runs if run.get("exit_code") == 0]
         record = {
             "env_id": options.env_id,
             "hardware": options.hardware,
             "jobs": None if options.runs else options.jobs,
             "mean": statistics.mean(scores) if scores else None,
             "worst": min(scores, default=None),
+            "failed": sum(run.get("exit_code", 0) != 0 for run in runs),  # in neither mean nor median
             "median_command_seconds": statistics.median(times) if times else None,
             "median_seconds_to_threshold": median_to_threshold(runs) if options.threshold is not None else None,
             "runs": runs,
         }
         path.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"mean {record['mean']}, worst {record['worst']}, record {path}")
+    print(f"mean {record['mean']}, worst {record['worst']}, failed {record['failed']}, record {path}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             flags = f"--env-id {env_id} {flags} --total-timesteps {ITERATIONS * batch} --eval-episodes 0".split()
             command = [sys.executable, "-c", WATCH, str(ROOT / script), *flags, "--run-dir", f"{folder}/run"]
-            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
         resident = [int(kib) / 1024 for kib in re.findall(r"^resident (\d+)", out, re.MULTILINE)]
         after_20, at_end = resident[19], resident[-1]
         record[script] = {

@@ -87,7 +87,7 @@ def main() -> None:
         parser.error("--batches must be at least 3, for the jackknife, and --num-steps at least 1")
 
     trainer = load(ROOT / "ppo_clip_atari.py")
-    state = trainer.load_checkpoint(options.run)
+    state = trainer.load_checkpoint(trainer.lock_run_dir(options.run))  # not under a process that trains there
     if state is None or not state["args"].keys() <= vars(trainer.Args()).keys():
         parser.error(f"{options.run} holds no checkpoint of ppo_clip_atari.py")
     rows = gradients(trainer, state, options.lambdas, options.batches, options.num_steps, options.seed)

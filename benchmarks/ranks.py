@@ -79,8 +79,8 @@ def main() -> None:
     script = ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
     flags = ["--env-id", options.env_id, *shlex.split(options.flags)]
     trainer = load(script)
-    batch_size = tyro.cli(trainer.Args, args=flags).batch_size
-    flags += ["--total-timesteps", str(ITERATIONS * batch_size)]
+    args = tyro.cli(trainer.Args, args=flags)
+    flags += ["--total-timesteps", str(ITERATIONS * args.batch_size)]
     turns = []
     for _ in range(options.turns):
         one_process, parameters = train(script, flags, 1)
@@ -88,11 +88,11 @@ def main() -> None:
         turns.append({"one_process": one_process, "ranks": ranks, "ratio": ranks / one_process})
         print({key: round(value, 2) for key, value in turns[-1].items()}, flush=True)
     child = [*torchrun(options.ranks), __file__, "--all-reduce", str(parameters)]
-    printed = subprocess.run(child, check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
     record = {
         "command": "python benchmarks/ranks.py " + shlex.join(sys.argv[1:]),
         "env_id": options.env_id,
-        "seed": 1,
+        "seed": args.seed,
         "commit": commit(),
         "versions": trainer.versions(),
         "hardware": hardware(),

@@ -56,8 +56,11 @@ def main() -> None:
         for env_id in options.env_ids:
             for seed in options.seeds:
                 key = (setting, env_id, seed, sha256(TRAINER))
-                if key in {(r["setting"], r["env_id"], r["seed"], r["trainer_sha256"]) for r in runs}:
-                    continue
+                made = {(r["setting"], r["env_id"], r["seed"], r["trainer_sha256"]): r for r in runs}
+                if key in made:
+                    if made[key]["exit_code"] == 0:
+                        continue
+                    runs.remove(made[key])
                 runs.append(run(setting, env_id, seed))
                 RECORD.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")  # one line per run
             scores = [
