@@ -470,15 +470,23 @@ def test_full_disk_while_a_film_is_written(discrete, finished, tmp_path, monkeyp
     assert "evaluation: " in out and "video: " not in out
 
 
+LIMITED = r"""
+import re, resource, runpy, sys
+import ale_py.vector_env, torch
+limit = 2 * 10**9 + 1024 * int(re.search(r"VmSize:\s+(\d+)", open("/proc/self/status").read())[1])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def test_more_memory_than_there_is(tmp_path):
-    flags = (
-        f"{SMALL[ATARI]} --num-steps 524288 --total-timesteps 1048576 --run-dir {tmp_path / 'run'}"  # 7 GB of pixels
-    )
-    limit = (4 * 10**9, 4 * 10**9)
-    process = start(ATARI, *flags.split(), preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, limit))
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert err == "error: out of memory: raise --num-minibatches, or lower --num-envs or --num-steps\n"
+    """7 GB of pixels, where 2 GB are left to have."""
+    flags = f"{SMALL[ATARI]} --num-steps 524288 --total-timesteps 1048576 --run-dir {tmp_path / 'run'}"
+    command = [sys.executable, "-c", LIMITED, str(ATARI), *flags.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert done.stderr == "error: out of memory: raise --num-minibatches, or lower --num-envs or --num-steps\n"
 
 
 def test_full_disk_while_tensorboard_writes(tmp_path):
