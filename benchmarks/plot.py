@@ -87,14 +87,23 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def draw_learning(name: str, results: Path, to: Path) -> None:
-    """One column per environment; return against steps above, against wall time below."""
+    """One column per environment; return against steps above, against wall time below.
+
+    Seeds in records of their own, `learning_<env>_seed_<seed>.json`, ran beside other work: they are drawn above only.
+    """
+
+    def load(path: Path) -> tuple[list[dict], str]:
+        """The runs that have a curve, and their hardware."""
+        record = json.loads(path.read_text())
+        return [run for run in record["runs"] if len(run.get("curve", {}).get("step", [])) > 1], record["hardware"]
+
     columns = []
     for source, title, target in LEARNING[name]:
         path = results / f"learning_{source.replace('/', '-')}.json"
-        record = json.loads(path.read_text()) if path.exists() else {"runs": []}
-        runs = [run for run in record["runs"] if len(run.get("curve", {}).get("step", [])) > 1]
-        if runs:
-            columns.append((title, target, runs, record["hardware"]))
+        timed, hardware = load(path) if path.exists() else ([], "")
+        if timed:
+            others = [run for other in sorted(results.glob(f"{path.stem}_seed_*.json")) for run in load(other)[0]]
+            columns.append((title, target, {"step": timed + others, "seconds": timed}, hardware))
         else:
             print(f"{name}: no curves of {source} in {path}, left out")
     if not columns:
@@ -102,10 +111,11 @@ def draw_learning(name: str, results: Path, to: Path) -> None:
     figure, axes = plt.subplots(2, len(columns), figsize=(3.4 * len(columns), 5.4), squeeze=False)
     for column, (title, target, runs, hardware) in zip(axes.T, columns):
         for axis, key in zip(column, ("step", "seconds")):
-            draw(axis, runs, key)
+            draw(axis, runs[key], key)
             axis.axhline(target, color="grey", linestyle=":", linewidth=1)
             dress(axis, key)
-        column[0].set_title(f"{title}\n{len(runs)} seed{'s' * (len(runs) > 1)}", fontsize=10)
+        count = len(runs["step"])
+        column[0].set_title(f"{title}\n{count} seed{'s' * (count > 1)}", fontsize=10)
         column[1].set_title(hardware.replace("; ", "\n"), fontsize=7, color="grey")
     for axis in axes[:, 0]:
         axis.set_ylabel("return, last 100 episodes")
