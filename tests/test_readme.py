@@ -81,6 +81,15 @@ def test_the_other_seeds_are_what_their_records_say():
         assert [mean, worst] == [f"{x:.1f}".replace("-", "−") for x in (statistics.mean(scores), min(scores))]
 
 
+def test_pong_with_earlier_defaults_is_what_its_records_say():
+    found = re.findall(r"\[([\d.]+)\]\((benchmarks/results/learning_\S*Pong\S*\.json)\)(?: after ([\d,]+))?", README)
+    assert len(found) == 4 + 6  # gamma 0.99; temperature 1
+    for score, record, steps in found:
+        run = json.loads((ROOT / record).read_text())["runs"][0]
+        held = run["threshold"]["held"]
+        assert [score, steps.strip(",")] == [f"{run['mean_last_20_games']:.1f}", f"{held['step']:,}" if held else ""]
+
+
 def test_the_gpus_table_says_what_its_record_says():
     rows = json.loads((ROOT / "benchmarks/results/gpu_or_cpu.json").read_text())["rows"]
     rate = {(row["device"], row["num_envs"], row["hidden"]): row["steps_per_second"] for row in rows}
