@@ -973,9 +973,12 @@ def check(args: Args) -> None:
     """Ends with one line where an argument cannot work."""
     inf, world, batch_size, M = math.inf, ranks()[1], args.batch_size, args.num_minibatches
     shared = args.num_envs % world == 0 and batch_size // world % max(M, 1) == 0  # equally among the ranks
+    texts = [value for value in vars(args).values() if isinstance(value, str)]
+    broken = [text for text in texts if text.encode(errors="ignore").decode() != text]
     rules = [
         (0 <= args.seed < 2**32, "--seed must be at least 0 and below 2^32"),
         (args.resume != "" and args.run_dir != "", "--resume and --run-dir need the name of a folder"),
+        (not broken, f"{broken} must be UTF-8 text"),
         (args.checkpoint_interval >= 1, "--checkpoint-interval must be at least 1"),
         (args.eval_episodes >= 0, "--eval-episodes must be 0 or more"),
         (args.num_envs >= 1, "--num-envs must be at least 1"),

@@ -526,6 +526,17 @@ def test_an_empty_name_of_a_folder(discrete, tmp_path, monkeypatch, capsys, flag
     assert "need the name of a folder" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("flag", ["--run-dir", "--exp-name"])
+def test_a_name_that_is_no_text(discrete, tmp_path, monkeypatch, capsys, flag):
+    """TensorBoard cannot write to it: not UTF-8, as a file name on Linux may be."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ppo_clip_discrete.py", flag, os.fsdecode(b"r\xff")])
+    with pytest.raises(SystemExit, match="2"):
+        discrete.train(discrete.parse_args())
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
 def test_no_name_leaves_the_folder_of_runs(discrete, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert discrete.open_run(discrete.Args(exp_name="../../a/b")).parent == discrete.Path("runs")
