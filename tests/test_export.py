@@ -1,6 +1,7 @@
 """A short run exported, and what must stop an export."""
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import json
@@ -672,6 +673,25 @@ def test_python_client_without_torch(tmp_path):
     command = [str(python), str(CLIENTS / "play.py"), str(run_dir / "policy.onnx"), "CartPole-v1", "10"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert float(done.stdout.removeprefix("mean return ")) >= 475, done.stderr
+
+
+def test_python_client_of_atari_games(tmp_path):
+    """Plays the very game that the trainer's environments give."""
+    atari, run_dir = load(ROOT / "ppo_clip_atari.py"), tmp_path / "run"
+    args = atari.Args(env_id="QbertNoFrameskip-v4", repeat_action_probability=0.9, num_envs=2, num_steps=16)
+    atari.train(dataclasses.replace(args, total_timesteps=32, eval_episodes=0, run_dir=str(run_dir)))
+    assert export(run_dir, "--formats", "onnx", "--stochastic").returncode == 0
+    command = [sys.executable, str(CLIENTS / "play_atari.py"), str(run_dir), "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    session, envs = onnxruntime.InferenceSession(run_dir / "policy.onnx"), atari.make_envs(args, 1)
+    rng, (obs, info) = np.random.default_rng(0), envs.reset(seed=0)
+    score, steps, frame_number = 0.0, 0, -1
+    while info["episode_frame_number"][0] > frame_number:  # restarts with each game
+        frame_number = info["episode_frame_number"][0]
+        inputs = {"obs": obs, "uniform": rng.random((1, 6), dtype=np.float32)}
+        obs, reward, _, _, info = envs.step(session.run(["action"], inputs)[0])
+        score, steps = score + float(reward[0]), steps + 1
+    assert done.stdout == f"score {score:.0f} after {steps} steps\n", done.stderr
 
 
 @pytest.mark.slow
