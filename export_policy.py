@@ -582,6 +582,7 @@ def parse_args() -> Args:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a name that the terminal cannot show, as stderr does
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no temporary folder is left
     try:
         export(parse_args())

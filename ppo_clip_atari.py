@@ -795,7 +795,8 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
             os.replace(path, keep)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # not every file system can
+            os.fsync(folder)
         os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -958,10 +959,13 @@ def parse_args() -> Args:
     args = cli(Args())
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
     nameless = os.environ.get("TORCHELASTIC_RUN_ID") == "none"  # torchrun's default job id
-    if nameless and args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        fail("--max-restarts needs --standalone or --rdzv-id: a restart recognises its run by the job's id")
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        fail("--max-restarts works on one machine, as each counts restarts for itself: leave it out, then use --resume")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            fail("--max-restarts works on one machine, as each counts restarts for itself: leave it out, then --resume")
+        if not args.run_dir and not args.resume:
+            fail("--max-restarts needs --run-dir or --resume: a restart looks for its run there")
+        if nameless and args.run_dir:
+            fail("--max-restarts needs --standalone or --rdzv-id: a restart recognises its run by the job's id")
     if restarted and args.run_dir:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no run yet, or not a run folder
             job = json.loads((Path(args.run_dir) / "args.json").read_text()).get("job")
@@ -1134,7 +1138,7 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
         try:
             record_video(agent, args, video, device)
             VideoFileClip(str(video)).close()  # opens only a whole film; moviepy overlooks ffmpeg's exit status
-        except OSError as error:
+        except Exception as error:  # moviepy raises bare ones
             fail(f"cannot film {video}, is the disk full? All else is complete: {error}", code=1)
         say(f"video: {video}")
 
@@ -1248,11 +1252,13 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a name that the terminal cannot show, as stderr does
     try:
         train(parse_args())
     except KeyboardInterrupt:  # before `train` catches signals
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):
+        scarce = "(?i)alloc|out of memory|new thread|temporarily unavailable"
+        if not isinstance(error, MemoryError) and not re.search(scarce, str(error)):
             raise
         fail("out of memory: raise --num-minibatches, or lower --num-envs or --num-steps", code=1)

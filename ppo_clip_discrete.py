@@ -610,11 +610,13 @@ class Replayable(gym.Wrapper):
         super().__init__(env)
         space = env.observation_space
         self.states = range(space.start, space.start + space.n) if isinstance(space, gym.spaces.Discrete) else None
+        self.code = "B" if getattr(env.action_space, "n", 0) <= 256 else "q"  # episodes may be long, or never end
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
             self.unwrapped.np_random, _ = seeding.np_random(seed)
-        self.start, self.actions = self.unwrapped.np_random.bit_generator.state, array.array("q")
+        generator = getattr(self.unwrapped.np_random, "bit_generator", None)  # an old RandomState has none
+        self.start, self.actions = generator and generator.state, array.array(self.code)
         return self.checked(self.env.reset(seed=seed, options=options)[0]), {}
 
     def step(self, action):
@@ -641,7 +643,7 @@ class Replayable(gym.Wrapper):
         try:
             self.unwrapped.np_random.bit_generator.state = json.loads(state["start"])
             reached, _ = self.reset()
-            for action in state["actions"].numpy():
+            for action in state["actions"].numpy().astype(np.int64):  # as SyncVectorEnv gives them
                 reached = self.step(action)[0]
         except Exception:  # not reproducible
             return False
@@ -780,7 +782,8 @@ def write_file(path: Path, data: bytes, keep: Path | None = None) -> None:
             os.replace(path, keep)
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
+        with contextlib.suppress(OSError):  # not every file system can
+            os.fsync(folder)
         os.close(folder)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -943,10 +946,13 @@ def parse_args() -> Args:
     args = cli(Args())
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # by torchrun, after a rank died
     nameless = os.environ.get("TORCHELASTIC_RUN_ID") == "none"  # torchrun's default job id
-    if nameless and args.run_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        fail("--max-restarts needs --standalone or --rdzv-id: a restart recognises its run by the job's id")
-    if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1 and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        fail("--max-restarts works on one machine, as each counts restarts for itself: leave it out, then use --resume")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        if int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1:
+            fail("--max-restarts works on one machine, as each counts restarts for itself: leave it out, then --resume")
+        if not args.run_dir and not args.resume:
+            fail("--max-restarts needs --run-dir or --resume: a restart looks for its run there")
+        if nameless and args.run_dir:
+            fail("--max-restarts needs --standalone or --rdzv-id: a restart recognises its run by the job's id")
     if restarted and args.run_dir:
         with contextlib.suppress(OSError, ValueError, AttributeError):  # no run yet, or not a run folder
             job = json.loads((Path(args.run_dir) / "args.json").read_text()).get("job")
@@ -1118,7 +1124,7 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
         try:
             record_video(agent, args, video, device)
             VideoFileClip(str(video)).close()  # opens only a whole film; moviepy overlooks ffmpeg's exit status
-        except OSError as error:
+        except Exception as error:  # moviepy raises bare ones
             fail(f"cannot film {video}, is the disk full? All else is complete: {error}", code=1)
         say(f"video: {video}")
 
@@ -1233,11 +1239,13 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a name that the terminal cannot show, as stderr does
     try:
         train(parse_args())
     except KeyboardInterrupt:  # before `train` catches signals
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
-        if "allocate" not in str(error):
+        scarce = "(?i)alloc|out of memory|new thread|temporarily unavailable"
+        if not isinstance(error, MemoryError) and not re.search(scarce, str(error)):
             raise
         fail("out of memory: raise --num-minibatches, or lower --num-envs or --num-steps", code=1)

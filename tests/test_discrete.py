@@ -539,12 +539,13 @@ class Lost(gym.Env):
     observation_space = gym.spaces.Discrete(3, start=-1)
     action_space = gym.spaces.Discrete(2)
 
-    def __init__(self, lost=True):
-        self.lost = lost
+    def __init__(self, lost=True, old=False):
+        self.lost, self.old = lost, old
 
     def reset(self, *, seed=None, options=None):
         if seed is not None:
-            self.np_random = np.random.Generator(np.random.MT19937(seed))
+            generator = np.random.Generator(np.random.MT19937(seed))
+            self.np_random = np.random.RandomState(seed) if self.old else generator
         self.state = -1
         return self.state, {}
 
@@ -558,6 +559,7 @@ class Lost(gym.Env):
 
 gym.register("Lost-v0", Lost)
 gym.register("Found-v0", lambda: Lost(lost=False))
+gym.register("FoundLongAgo-v0", lambda: Lost(lost=False, old=True))
 
 
 def test_an_observation_outside_its_space(script, tmp_path, capsys):
@@ -567,22 +569,40 @@ def test_an_observation_outside_its_space(script, tmp_path, capsys):
     assert err.startswith("error: ") and err.count("\n") == 1 and "observation 2 is outside Discrete(3" in err
 
 
-@pytest.mark.parametrize("num_steps, exact", [(3, True), (1, False)])
+@pytest.mark.parametrize(
+    "env_id, num_steps, exact", [("Found-v0", 3, True), ("Found-v0", 1, False), ("FoundLongAgo-v0", 3, False)]
+)
 def test_another_generator_and_an_environment_that_cannot_be_closed(
-    script, tmp_path, monkeypatch, capsys, num_steps, exact
+    script, tmp_path, monkeypatch, capsys, env_id, num_steps, exact
 ):
-    """The first episode begins before the environment has its own generator: it is not played again."""
+    """The first episode begins before the environment has its own generator: it is not played again.
+
+    Nor is one of NumPy's old RandomState, which has no state to set.
+    """
     sizes = {"num_steps": num_steps, "total_timesteps": 8 * num_steps, "eval_episodes": 2}
-    script.train(tiny(script, env_id="Found-v0", run_dir=str(tmp_path / "run"), **sizes))
+    script.train(tiny(script, env_id=env_id, run_dir=str(tmp_path / "run"), **sizes))
     assert (tmp_path / "run" / "result.json").exists()
     state = checkpoint(tmp_path / "run")["episodes"][0]["environment"]
-    assert (json.loads(state["start"])["bit_generator"] == "MT19937") == exact
+    assert ((json.loads(state["start"]) or {}).get("bit_generator") == "MT19937") == exact
     more = ["--resume", str(tmp_path / "run"), "--total-timesteps", str(16 * num_steps)]
     monkeypatch.setattr(sys, "argv", [script.__file__, *more])
     capsys.readouterr()
     script.train(script.parse_args())
     assert ("episodes restart" in capsys.readouterr().err) != exact
     assert checkpoint(tmp_path / "run")["global_step"] == 16 * num_steps
+
+
+def test_an_action_costs_a_byte_and_is_replayed_as_it_was(script):
+    """MountainCar subtracts 1 from it, which in bytes would make 0 to 255."""
+    env, again = (script.Replayable(gym.make("MountainCar-v0").unwrapped) for _ in range(2))
+    env.reset(seed=1)
+    for action in np.array([0, 0, 2, 1, 0]):
+        obs = env.step(action)[0]
+    state = env.state_dict()
+    assert state["actions"].dtype == torch.uint8
+    again.reset(seed=2)
+    assert again.load_state_dict(state, obs)
+    assert_equal(again.state_dict(), state)
 
 
 @pytest.mark.parametrize("norm_obs", [True, False])

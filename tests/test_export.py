@@ -57,9 +57,9 @@ def run_dir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exported(run_dir, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("exported")
-    done = program(run_dir, "--output-dir", folder)
-    assert done.returncode == 0, done.stderr
+    folder = tmp_path_factory.mktemp("runs") / "Läufe"
+    done = program(run_dir, "--output-dir", folder, env=os.environ | {"PYTHONIOENCODING": "ascii"})  # a poor terminal
+    assert done.returncode == 0 and "L\\xe4ufe" in done.stdout, done.stderr
     return folder
 
 

@@ -222,6 +222,16 @@ def test_restarts_are_refused_over_several_machines(trainer, tmp_path, monkeypat
     assert err.startswith("error: --max-restarts works on one machine") and err.count("\n") == 1
 
 
+def test_restarts_without_a_folder_are_refused(trainer, tmp_path, monkeypatch, capsys):
+    """A restart would begin anew, in another folder."""
+    monkeypatch.setattr(sys, "argv", [trainer.__file__])
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(SystemExit, match="2"):
+        trainer.parse_args()
+    err = capsys.readouterr().err
+    assert err.startswith("error: --max-restarts needs --run-dir or --resume") and err.count("\n") == 1
+
+
 def test_another_launchers_variables_make_no_ranks(tmp_path):
     flags = f"{SMALL} --total-timesteps 256 --run-dir {tmp_path / 'run'}"
     environment = os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}

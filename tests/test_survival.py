@@ -9,8 +9,10 @@ import pickle
 import pty
 import random
 import resource
+import runpy
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -72,10 +74,11 @@ def atari_trainer():
 @pytest.fixture(scope="module")
 def finished(discrete, tmp_path_factory):
     """A finished small run's folder; tests copy what they damage."""
-    run_dir = tmp_path_factory.mktemp("runs") / "run"
+    run_dir = tmp_path_factory.mktemp("runs") / "Läufe"
     flags = f"{SMALL[DISCRETE]} --total-timesteps 512 --checkpoint-interval 1 --run-dir {run_dir}"
     environ = os.environ | {"PYTHONIOENCODING": "ascii"}  # as where the terminal knows no more
-    assert start(DISCRETE, *flags.split(), env=environ).wait() == 0
+    out, err = start(DISCRETE, *flags.split(), env=environ).communicate()
+    assert "L\\xe4ufe" in out and not err and (run_dir / "result.json").exists()
     return run_dir
 
 
@@ -457,10 +460,30 @@ def test_full_disk_at_the_start_leaves_a_folder_that_can_be_used(discrete, tmp_p
     assert (tmp_path / "run" / "args.json").exists()
 
 
-def test_full_disk_while_a_film_is_written(discrete, finished, tmp_path, monkeypatch, capsys):
+def test_a_file_system_that_cannot_sync_a_folder(discrete, tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def refuse(file):
+        if stat.S_ISDIR(os.fstat(file).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    discrete.write_file(tmp_path / "file", b"content")
+    assert (tmp_path / "file").read_bytes() == b"content" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("error", [[], [Exception("frames of different sizes")]])
+def test_a_film_that_cannot_be_written(discrete, finished, tmp_path, monkeypatch, capsys, error):
     film = tmp_path / "run" / "video.mp4"
     shutil.copytree(finished, tmp_path / "run")
-    clip = SimpleNamespace(write_videofile=lambda path, **_: film.write_bytes(b"its beginning"))
+
+    def full(path, **_):
+        film.write_bytes(b"its beginning")
+        if error:
+            raise error[0]
+
+    clip = SimpleNamespace(write_videofile=full)
     monkeypatch.setattr("moviepy.ImageSequenceClip", lambda *_, **__: clip)  # ends as if all were well
     monkeypatch.setattr(sys, "argv", [str(DISCRETE), "--resume", str(tmp_path / "run"), "--capture-video"])
     with pytest.raises(SystemExit, match="1"):
@@ -470,6 +493,7 @@ def test_full_disk_while_a_film_is_written(discrete, finished, tmp_path, monkeyp
     assert "evaluation: " in out and "video: " not in out
 
 
+OUT_OF_MEMORY = "error: out of memory: raise --num-minibatches, or lower --num-envs or --num-steps\n"
 LIMITED = r"""
 import re, resource, runpy, sys
 import ale_py.vector_env, torch
@@ -486,7 +510,34 @@ def test_more_memory_than_there_is(tmp_path):
     command = [sys.executable, "-c", LIMITED, str(ATARI), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr == "error: out of memory: raise --num-minibatches, or lower --num-envs or --num-steps\n"
+    assert done.stderr == OUT_OF_MEMORY
+
+
+@pytest.mark.parametrize("script", [DISCRETE, ATARI])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        MemoryError("std::bad_alloc"),
+        RuntimeError("CUDA out of memory."),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("can't start new thread"),
+        RuntimeError("Resource temporarily unavailable"),
+        RuntimeError("a defect"),
+    ],
+)
+def test_every_kind_of_too_little_memory(script, error, tmp_path, monkeypatch, capsys):
+    """Any other error is a defect, whose traceback is wanted."""
+
+    def scarce(_):
+        raise error
+
+    monkeypatch.setattr(torch, "manual_seed", scarce)
+    monkeypatch.setattr(sys, "argv", [str(script), *SMALL[script].split(), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(RuntimeError if str(error) == "a defect" else SystemExit) as stop:
+        runpy.run_path(str(script), run_name="__main__")
+    if stop.type is SystemExit:
+        assert stop.value.code == 1 and capsys.readouterr().err == OUT_OF_MEMORY
 
 
 def test_full_disk_while_tensorboard_writes(tmp_path):
