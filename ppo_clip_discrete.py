@@ -961,6 +961,10 @@ def parse_args() -> Args:
     if args.resume:
         try:
             saved = Args(**json.loads((Path(args.resume) / "args.json").read_text())["args"])
+            kinds = {name: type(x) for name, x in vars(Args()).items() if isinstance(x, (int, str))}
+            wrong = [name for name, kind in kinds.items() if type(getattr(saved, name)) is not kind]
+            if wrong:
+                raise TypeError(f"{' and '.join(wrong)} of a wrong type in args.json")
             check(dataclasses.replace(saved, capture_video=False))  # this command may leave it out
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--resume {args.resume} holds no run of this script: {error}")

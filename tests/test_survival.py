@@ -321,11 +321,12 @@ def test_a_checkpoint_that_cannot_be_read_stays(discrete, finished, tmp_path, ca
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
 
 
-def test_arguments_of_a_wrong_type_in_the_run_folder(discrete, finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("wrong", [{"gamma": "x"}, {"gamma": None}, {"env_id": None}, {"num_envs": 8.0}, {"cuda": 0}])
+def test_arguments_of_a_wrong_type_in_the_run_folder(discrete, finished, tmp_path, monkeypatch, capsys, wrong):
     for path in finished.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     record = json.loads((tmp_path / "args.json").read_text())
-    (tmp_path / "args.json").write_text(json.dumps(record | {"args": record["args"] | {"gamma": "x"}}))
+    (tmp_path / "args.json").write_text(json.dumps(record | {"args": record["args"] | wrong}))
     monkeypatch.setattr(sys, "argv", [str(DISCRETE), "--resume", str(tmp_path)])
     with pytest.raises(SystemExit, match="2"):
         discrete.parse_args()
