@@ -1256,7 +1256,8 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="backslashreplace")  # for a name that the terminal cannot show, as stderr does
+    if sys.stdout is not None:  # not closed: escape what the terminal cannot show, as stderr does
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         train(parse_args())
     except KeyboardInterrupt:  # before `train` catches signals

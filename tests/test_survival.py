@@ -368,6 +368,12 @@ def test_a_closed_pipe_ends_nothing(tmp_path):
     assert checkpoint(tmp_path / "run")["iteration"] == 16 and (tmp_path / "run" / "result.json").exists()
 
 
+def test_no_output_at_all(tmp_path):
+    flags = f"{SMALL[DISCRETE]} --total-timesteps 256 --run-dir {tmp_path / 'run'}"
+    process = start(DISCRETE, *flags.split(), preexec_fn=lambda: os.close(1))
+    assert process.communicate(timeout=60)[1] == "" and process.returncode == 0
+
+
 @pytest.mark.parametrize("terminal", [False, True], ids=["a pipe", "a terminal"])
 def test_a_signal_after_the_output_is_gone(tmp_path, terminal):
     master, slave = pty.openpty() if terminal else os.pipe()
