@@ -582,8 +582,8 @@ def parse_args() -> Args:
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:  # not closed: escape what the terminal cannot show, as stderr does
-        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # it may be closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a name that the terminal cannot show, as stderr does
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no temporary folder is left
     try:
         export(parse_args())

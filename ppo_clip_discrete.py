@@ -1243,8 +1243,8 @@ def train(args: Args) -> None:
 
 
 if __name__ == "__main__":
-    if sys.stdout is not None:  # not closed: escape what the terminal cannot show, as stderr does
-        sys.stdout.reconfigure(errors="backslashreplace")
+    sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # it may be closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a name that the terminal cannot show, as stderr does
     try:
         train(parse_args())
     except KeyboardInterrupt:  # before `train` catches signals
