@@ -37,8 +37,11 @@ LEARNING = {
     "atari": [
         ("PongNoFrameskip-v4", "Pong, no sticky actions", 18),
         ("ALE/Pong-v5", "Pong, sticky actions 0.25", 18),
-        ("PongNoFrameskip-v4_10M", "Pong, no sticky actions", 20.4),  # CleanRL's after 10 million steps, as Breakout's
-        ("BreakoutNoFrameskip-v4", "Breakout, no sticky actions", 430),
+    ],
+    "atari_10M": [  # the returns are CleanRL's
+        ("PongNoFrameskip-v4_10M", "Pong", 20.4),
+        ("BreakoutNoFrameskip-v4", "Breakout", 430),
+        ("BeamRiderNoFrameskip-v4", "BeamRider", 2478),
     ],
 }
 
