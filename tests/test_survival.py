@@ -480,7 +480,7 @@ def test_a_file_system_that_cannot_sync_a_folder(discrete, tmp_path, monkeypatch
     assert (tmp_path / "file").read_bytes() == b"content" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("error", [[], [Exception("frames of different sizes")]])
+@pytest.mark.parametrize("error", [None, Exception("frames of different sizes")])
 def test_a_film_that_cannot_be_written(discrete, finished, tmp_path, monkeypatch, capsys, error):
     film = tmp_path / "run" / "video.mp4"
     shutil.copytree(finished, tmp_path / "run")
@@ -488,7 +488,7 @@ def test_a_film_that_cannot_be_written(discrete, finished, tmp_path, monkeypatch
     def full(path, **_):
         film.write_bytes(b"its beginning")
         if error:
-            raise error[0]
+            raise error
 
     clip = SimpleNamespace(write_videofile=full)
     monkeypatch.setattr("moviepy.ImageSequenceClip", lambda *_, **__: clip)  # ends as if all were well
