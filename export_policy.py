@@ -584,7 +584,9 @@ def parse_args() -> Args:
 if __name__ == "__main__":
     sys.stdout = sys.stdout or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")  # it may be closed
     sys.stdout.reconfigure(errors="backslashreplace")  # for a name that the terminal cannot show, as stderr does
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no temporary folder is left
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.default_int_handler)  # as Ctrl-C: no temporary folder is left
     try:
         export(parse_args())
     except KeyboardInterrupt:

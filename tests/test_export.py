@@ -486,7 +486,7 @@ def test_full_disk_while_a_file_is_written(run_dir, tmp_path, name):
     assert (tmp_path / "policy.json").read_text() == "earlier"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_export_leaves_nothing(run_dir, tmp_path, number):
     command = [
         sys.executable,
@@ -496,7 +496,8 @@ def test_an_interrupted_export_leaves_nothing(run_dir, tmp_path, number):
         str(tmp_path),
         "--benchmark",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    heard = {"preexec_fn": lambda: signal.signal(number, signal.SIG_DFL)}  # even if the tests run under nohup
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **heard)
     while not list(tmp_path.glob(".export-*/policy.onnx")):
         assert process.poll() is None
         time.sleep(0.01)
