@@ -47,6 +47,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+SOURCE = Path(__file__).read_bytes()  # before the slow imports, in which a user may edit it
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # a minibatch's pixels on huge pages: a tenth of the page faults
 
 import ale_py
@@ -84,7 +85,7 @@ class Args:
     track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
     wandb_project_name: str = "ppo_clip"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
-    capture_video: bool = False  # after training, film one game to video.mp4 in the run folder
+    capture_video: bool = False  # after training, film one game, which has to end, to video.mp4 in the run folder
     run_dir: str | None = None  # folder of the run (default: runs/<env>__<exp_name>__<seed>__<time>)
     resume: str | None = None  # run folder to go on with, from its newest good checkpoint and with its arguments
     checkpoint_interval: int = 50  # iterations between two checkpoints; there is always one at the end
@@ -129,10 +130,6 @@ class Args:
     @property
     def batch_size(self) -> int:
         return self.num_envs * self.num_steps
-
-    @property
-    def minibatch_size(self) -> int:
-        return self.batch_size // self.num_minibatches
 
     @property
     def num_iterations(self) -> int:
@@ -532,7 +529,7 @@ def learn(
     batch = (x.flatten(0, 1)[idx] for x in (rollout.actions, rollout.log_probs, rollout.values, rollout.returns))
     actions, old_log_probs, old_values, returns = batch
     loss, metrics = ppo_clip_loss(logits, values, actions, old_log_probs, old_values, advantages, returns, c2, args)
-    return metrics | {"grad_norm": optimizer.descend(loss), "finite": 1 - optimizer.found_inf}
+    return metrics | {"grad_norm": optimizer.descend(loss)}
 
 
 def normalise(advantages: Tensor) -> Tensor:
@@ -555,7 +552,7 @@ def update(
 ) -> tuple[dict[str, float], float]:
     """Phase 2: K epochs of minibatches drawn uniformly without replacement. Returns mean metrics and the next c2.
 
-    A non-finite gradient freezes the parameters for the rest of the update and leaves the metric `finite` below 1.
+    A non-finite gradient freezes the parameters for the rest of the update and sets the metric `finite` to 0.
     """
     advantages = advantages.flatten()
     rollout.returns.copy_(returns)
@@ -576,8 +573,8 @@ def update(
                 break
     by_epoch = all_mean(torch.stack(history).view(-1, args.num_minibatches, len(metrics)).mean(1))  # (epochs, metrics)
     explained = 1 - moments((returns - rollout.values[:-1]).flatten())[1] / moments(returns.flatten())[1]
-    means = torch.cat([by_epoch.mean(0), explained.unsqueeze(0)]).tolist()
-    losses = dict(zip([*metrics, "explained_variance"], means)) | trust_region
+    means = torch.cat([by_epoch.mean(0), explained[None], 1 - optimizer.found_inf[None]]).tolist()
+    losses = dict(zip([*metrics, "explained_variance", "finite"], means)) | trust_region
     if args.target_entropy is not None:  # dual ascent on log c2, bounded: Haarnoja et al. 2018, arXiv:1812.05905, 5
         entropy = by_epoch[:, [*metrics].index("entropy")]
         ahead = max(losses["entropy"] + ENT_COEF_LEAD * float(entropy[-1] - entropy[0]), 0.0)
@@ -886,12 +883,12 @@ def open_run(args: Args) -> Path:
     """Creates the run folder with arguments, versions and this very source in it, or finds the one to resume."""
     name = f"{args.env_id}__{args.exp_name}__{args.seed}__{time.time():.6f}".replace("/", "-").replace(":", "-")
     run_dir = Path(args.resume or args.run_dir or Path("runs") / name)
-    source = Path(__file__).read_bytes()
-    snapshot, record_path = run_dir / Path(__file__).name, run_dir / "args.json"
+    script = Path(__file__).resolve()
+    snapshot, record_path = run_dir / script.name, run_dir / "args.json"
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
     record = {
-        "script": str(Path(__file__).resolve()),
+        "script": str(script),
         "command": sys.argv,
         "commit": commit or None,
         "versions": versions(),
@@ -904,16 +901,16 @@ def open_run(args: Args) -> Path:
             before = json.loads(record_path.read_text())
             starts = record["earlier_starts"] = before.get("earlier_starts", [])
             starts.append({key: before[key] for key in ("script", "command", "commit", "versions") if key in before})
-            if not snapshot.exists() or snapshot.read_bytes() != source:
+            if not snapshot.exists() or snapshot.read_bytes() != SOURCE:
                 print(f"warning: {snapshot.name} is not the source that began this run", file=sys.stderr)
-                write_file(snapshot, source, keep=snapshot.with_suffix(f".{len(starts)}.py"))
+                write_file(snapshot, SOURCE, keep=snapshot.with_suffix(f".{len(starts)}.py"))
         else:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock_run_dir(run_dir)
-            other = snapshot.exists() and snapshot.read_bytes() != source  # a user's own file: keep it
+            other = snapshot.exists() and snapshot.read_bytes() != SOURCE  # a user's own file: keep it
             if other or record_path.exists() or (run_dir / "checkpoint.pt").exists():
                 fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
-            write_file(snapshot, source)
+            write_file(snapshot, SOURCE)
         write_file(record_path, (json.dumps(record, indent=2) + "\n").encode())
     except OSError as error:
         fail(f"--run-dir {run_dir} cannot be written: {error.strerror}")
@@ -1023,6 +1020,10 @@ def check(args: Args) -> None:
         (0 < args.max_grad_norm < inf, "--max-grad-norm must be above 0 and finite"),
         (args.target_kl is None or 0 < args.target_kl < inf, "--target-kl must be above 0 and finite"),
         (args.target_entropy is None or 0 < args.target_entropy < inf, "--target-entropy must be above 0 and finite"),
+        (
+            args.target_entropy is None or args.update_epochs >= 2,
+            "--target-entropy needs --update-epochs 2 or more: it looks ahead by how the entropy moves between epochs",
+        ),
         (not args.track or importlib.util.find_spec("wandb"), "--track needs `pip install wandb`"),
         (not args.capture_video or importlib.util.find_spec("moviepy"), "--capture-video needs `pip install moviepy`"),
     ]
@@ -1038,7 +1039,7 @@ def check_finite(iteration: int, losses: dict[str, float], statistics: list[str]
         fail(
             f"iteration {iteration}: not finite: {', '.join(names) or 'the gradient'}. Lower --learning-rate, or look "
             "for rewards and observations that are not finite, or whose squares are not; "
-            f"checkpoints in {run_dir} are intact",
+            f"what checkpoints {run_dir} has are intact",
             code=1,
         )
 
@@ -1263,7 +1264,8 @@ if __name__ == "__main__":
     except KeyboardInterrupt:  # before `train` catches signals
         raise SystemExit(130) from None
     except (MemoryError, RuntimeError) as error:
-        scarce = "(?i)alloc|out of memory|new thread|temporarily unavailable"
+        scarce = r"(?i)out of memory|\ballocate\b|alloc_failed|new thread|temporarily unavailable"
         if not isinstance(error, MemoryError) and not re.search(scarce, str(error)):
             raise
-        fail("out of memory: raise --num-minibatches, or lower --num-envs or --num-steps", code=1)
+        what = " ".join(str(error).split())[:100] or "MemoryError"
+        fail(f"out of memory: raise --num-minibatches, or lower --num-envs or --num-steps ({what})", code=1)

@@ -256,7 +256,12 @@ def train_sb3(trainer, args) -> None:
         policy, envs = "MlpPolicy", make_vec_env(args.env_id, args.num_envs, seed=args.seed)
         if args.norm_obs or args.norm_reward:
             envs = VecNormalize(envs, norm_obs=args.norm_obs, norm_reward=args.norm_reward, gamma=args.gamma)
-    settings = dict(n_steps=args.num_steps, batch_size=args.minibatch_size, n_epochs=args.update_epochs, seed=args.seed)
+    settings = dict(
+        n_steps=args.num_steps,
+        batch_size=args.batch_size // args.num_minibatches,
+        n_epochs=args.update_epochs,
+        seed=args.seed,
+    )
     settings |= dict(gamma=args.gamma, gae_lambda=args.gae_lambda, clip_range=args.clip_coef, target_kl=args.target_kl)
     settings |= dict(ent_coef=args.ent_coef, vf_coef=args.vf_coef, max_grad_norm=args.max_grad_norm)
     settings |= dict(normalize_advantage=args.norm_adv, clip_range_vf=args.clip_coef if args.clip_vloss else None)

@@ -344,6 +344,14 @@ def test_a_number_that_cannot_work_is_refused(trainer, capsys, field, bad):
     assert err.startswith("error: ") and err.count("\n") == 1 and f"--{field.replace('_', '-')}" in err
 
 
+def test_a_target_entropy_needs_two_epochs(trainer, capsys):
+    """With one it cannot be seen how the entropy moves, and c2 would swing between its bounds."""
+    trainer.check(trainer.Args(target_entropy=0.5, update_epochs=2))
+    with pytest.raises(SystemExit, match="2"):
+        trainer.check(trainer.Args(target_entropy=0.5, update_epochs=1))
+    assert "--target-entropy needs --update-epochs 2 or more" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("field, package", [("track", "wandb"), ("capture_video", "moviepy")])
 def test_a_missing_package_is_told_before_the_training(trainer, monkeypatch, capsys, field, package):
     found = {"wandb": True, "moviepy": True}

@@ -8,6 +8,7 @@ import os
 import pickle
 import pty
 import random
+import re
 import resource
 import runpy
 import shutil
@@ -16,6 +17,7 @@ import stat
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -180,7 +182,7 @@ def test_a_second_signal_ends_at_once(tmp_path):
 
 
 def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, monkeypatch, capsys):
-    flags = f"{SMALL[ATARI]} --target-entropy 1 --final-temperature 0.25 --total-timesteps 96"
+    flags = f"{SMALL[ATARI]} --update-epochs 2 --target-entropy 1 --final-temperature 0.25 --total-timesteps 96"
     flags += f" --run-dir {tmp_path / 'run'}"
     monkeypatch.setattr(sys, "argv", [str(ATARI), *flags.split()])
     atari_trainer.train(atari_trainer.parse_args())
@@ -500,7 +502,7 @@ def test_a_film_that_cannot_be_written(discrete, finished, tmp_path, monkeypatch
     assert "evaluation: " in out and "video: " not in out
 
 
-OUT_OF_MEMORY = "error: out of memory: raise --num-minibatches, or lower --num-envs or --num-steps\n"
+OUT_OF_MEMORY = "error: out of memory: raise --num-minibatches, or lower --num-envs or --num-steps"
 LIMITED = r"""
 import re, resource, runpy, sys
 import ale_py.vector_env, torch
@@ -517,7 +519,7 @@ def test_more_memory_than_there_is(tmp_path):
     command = [sys.executable, "-c", LIMITED, str(ATARI), *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 1
-    assert done.stderr == OUT_OF_MEMORY
+    assert done.stderr.startswith(OUT_OF_MEMORY) and done.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", [DISCRETE, ATARI])
@@ -531,6 +533,7 @@ def test_more_memory_than_there_is(tmp_path):
         RuntimeError("can't start new thread"),
         RuntimeError("Resource temporarily unavailable"),
         RuntimeError("a defect"),
+        RuntimeError('a defect: INTERNAL ASSERT FAILED at "/pytorch/c10/cuda/CUDACachingAllocator.cpp":3085'),
     ],
 )
 def test_every_kind_of_too_little_memory(script, error, tmp_path, monkeypatch, capsys):
@@ -541,10 +544,24 @@ def test_every_kind_of_too_little_memory(script, error, tmp_path, monkeypatch, c
 
     monkeypatch.setattr(torch, "manual_seed", scarce)
     monkeypatch.setattr(sys, "argv", [str(script), *SMALL[script].split(), "--run-dir", str(tmp_path / "run")])
-    with pytest.raises(RuntimeError if str(error) == "a defect" else SystemExit) as stop:
+    with pytest.raises(RuntimeError if str(error).startswith("a defect") else SystemExit) as stop:
         runpy.run_path(str(script), run_name="__main__")
     if stop.type is SystemExit:
-        assert stop.value.code == 1 and capsys.readouterr().err == OUT_OF_MEMORY
+        assert stop.value.code == 1 and capsys.readouterr().err == f"{OUT_OF_MEMORY} ({str(error) or 'MemoryError'})\n"
+
+
+@pytest.mark.parametrize("script", [DISCRETE, ATARI])
+def test_the_snapshot_is_the_source_that_ran(script, tmp_path):
+    """Started through a link, and edited while it starts."""
+    early = re.sub(r"(?m)^(SOURCE = .*)$", r"\1\nPath(__file__).write_bytes(SOURCE + b'# edited')", script.read_text())
+    (tmp_path / "edited.py").write_text(early)
+    (tmp_path / "link.py").symlink_to(tmp_path / "edited.py")
+    flags = f"{SMALL[script]} --total-timesteps 128 --eval-episodes 0 --run-dir {tmp_path / 'run'}"
+    process = start(tmp_path / "link.py", *flags.split())
+    assert process.wait(timeout=120) == 0, process.stderr.read()
+    assert (tmp_path / "edited.py").read_text() == early + "# edited"
+    recorded = json.loads((tmp_path / "run" / "args.json").read_text())["script"]
+    assert (tmp_path / "run" / Path(recorded).name).read_text() == early
 
 
 def test_full_disk_while_tensorboard_writes(tmp_path):
