@@ -661,6 +661,8 @@ def say(line: str) -> None:
 def fail(message: str, code: int = 2) -> NoReturn:
     """Ends the program with one line that says what to change."""
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    if dist.is_initialized():  # the usual exit may abort, see `leave_ranks`
+        os._exit(code)
     raise SystemExit(code)
 
 
@@ -719,7 +721,9 @@ def gather(value: Any) -> list:
 
 def from_rank_0(function: Callable[[], Any]) -> Any:
     """What `function` returns on rank 0, which alone calls it, on every rank."""
-    return gather(function() if ranks()[0] == 0 else None)[0]
+    result = [function() if ranks()[0] == 0 else None]
+    together(dist.broadcast_object_list, result, 0)
+    return result[0]
 
 
 def leave_ranks() -> None:

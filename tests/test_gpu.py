@@ -172,7 +172,7 @@ def test_no_graph_is_left_when_the_ranks_part(trainer, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer, "leave_ranks", lambda: alive.extend(gc.get_objects()))
     sizes = {"num_envs": 8, "num_steps": 32, "total_timesteps": 1024, "eval_episodes": 0}
     trainer.train(dataclasses.replace(trainer.Args(), **sizes, run_dir=str(tmp_path / "run")))
-    assert alive and not any(isinstance(x, trainer.Graph) for x in alive)
+    assert alive and not any(type(x) is trainer.Graph for x in alive)
 
 
 def test_random_numbers_of_the_gpu_go_on_where_they_stood(trainer):

@@ -334,4 +334,5 @@ trainer.update = poisoned
     for rank in (0, 1):
         assert json.loads((tmp_path / f"rank{rank}").read_text()) == [True, True, False]
     assert errors(done.stderr) and all("iteration 3: not finite" in line for line in errors(done.stderr))
+    assert "SIGABRT" not in done.stderr  # as gloo's threads may end a rank that just exits
     assert checkpoint(tmp_path / "run")["iteration"] == 2
