@@ -169,6 +169,33 @@ def test_a_large_logit_elsewhere_excuses_no_action(capsys):
     assert "file: actions differ" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("action, right", [(0, True), (1, True), (2, False), (-1, False), (3, False)])
+def test_a_tie_excuses_only_the_tied_actions(action, right):
+    exporter = load(ROOT / "export_policy.py")
+
+    def choose(which):
+        return lambda obs: [np.tile([5.0, 5.0, -5.0], (len(obs), 1)), np.zeros(len(obs)), np.full(len(obs), which)]
+
+    with contextlib.nullcontext() if right else pytest.raises(SystemExit, match="1"):
+        exporter.check_parity(choose(0), {"file": choose(action)}, [np.zeros((256, 1), np.float32)], None)
+
+
+def test_a_network_that_normalises_in_place(tmp_path):
+    """Neither the comparison nor a deployer's own array is spoilt."""
+    old = "(obs.flatten(1) - self.obs_stats.mean) * torch.rsqrt(self.obs_stats.var.clamp(min=1e-8))"
+    new = "obs.flatten(1).sub_(self.obs_stats.mean).mul_(torch.rsqrt(self.obs_stats.var.clamp(min=1e-8)))"
+    source = (ROOT / "ppo_clip_discrete.py").read_text()
+    assert source.count(old) == 1
+    (tmp_path / "variant.py").write_text(source.replace(old, new))
+    flags = "--num-envs 8 --total-timesteps 512 --eval-episodes 0 --no-cuda --run-dir"
+    subprocess.run([sys.executable, tmp_path / "variant.py", *flags.split(), tmp_path / "run"], check=True, timeout=120)
+    done = program(tmp_path / "run", "--formats", "onnx", "torchscript")
+    assert done.returncode == 0, done.stderr
+    obs = torch.ones(1, 4)
+    torch.jit.load(tmp_path / "run" / "policy.torchscript.pt")(obs)
+    assert torch.equal(obs, torch.ones(1, 4))
+
+
 def test_a_wrong_draw_among_equal_logits_is_found(capsys):
     exporter = load(ROOT / "export_policy.py")
 
@@ -330,7 +357,15 @@ def test_what_cannot_be_exported_says_so(run_dir, tmp_path):
     shutil.copytree(run_dir, damaged)
     damage(damaged / "checkpoint.pt")
     int8 = [run_dir, "--quantize", "int8", "--formats", "torchscript"]
-    other = [[untrained], [damaged], [run_dir, "--formatt"], [run_dir, "--evaluate", "-1"], int8]
+    other = [
+        [untrained],
+        [damaged],
+        ["x" * 300],
+        [run_dir, "--output-dir", ""],
+        [run_dir, "--formatt"],
+        [run_dir, "--evaluate", "-1"],
+        int8,
+    ]
     for arguments in ([tmp_path / "missing"], [tmp_path / "empty"], *other):
         done = export(*arguments)
         assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: ")
@@ -601,6 +636,7 @@ def test_a_copied_and_changed_atari_trainer_exports(tmp_path, variant):
     assert about["inputs"][0] == {"name": "obs", "shape": ["batch", 4, 84, 84], "dtype": "uint8"}
     assert about["action_meanings"][0] == "NOOP" and about["preprocessing"]["repeat_action_probability"] == 0.25
     assert about["preprocessing"]["before_the_graph"].startswith("the last 4 frames, oldest first")
+    assert about["value_units"].endswith("each clipped to [-1, 1], up to the next lost life")
 
 
 OWN = """

@@ -8,13 +8,14 @@ import onnxruntime
 
 path, env_id, games = sys.argv[1], sys.argv[2], int(sys.argv[3])
 policy = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+first_action = int(policy.get_modelmeta().custom_metadata_map["first_action"])
 env, scores = gym.make(env_id), []
 for seed in range(games):
     obs, _ = env.reset(seed=seed)
     score, over = 0.0, False
     while not over:
         _logits, _value, action = policy.run(None, {"obs": np.float32(obs)[None]})
-        obs, reward, terminated, truncated, _ = env.step(int(action[0]))
+        obs, reward, terminated, truncated, _ = env.step(int(action[0]) + first_action)
         score, over = score + float(reward), terminated or truncated
     scores.append(score)
 print(f"mean return {np.mean(scores):.1f}")

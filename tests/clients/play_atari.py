@@ -16,7 +16,8 @@ about = json.loads((folder / "policy.json").read_text())
 gym.register_envs(ale_py)
 game = about["env_id"].removeprefix("ALE/").removesuffix("NoFrameskip-v4").removesuffix("-v5")
 sticky = about["preprocessing"]["repeat_action_probability"]
-env = gym.make_vec(f"ALE/{game}-v5", num_envs=1, stack_num=4, reward_clipping=False, repeat_action_probability=sticky)
+settings = {"stack_num": policy.get_inputs()[0].shape[1], "reward_clipping": False, "repeat_action_probability": sticky}
+env = gym.make_vec(f"ALE/{game}-v5", num_envs=1, **settings)
 for seed in range(games):
     rng = np.random.default_rng(seed)
     obs, _ = env.reset(seed=seed)
