@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -488,6 +489,21 @@ def describe_graph(obs: torch.Tensor, num_actions: int, stochastic: bool) -> dic
     return {"inputs": inputs, "outputs": outputs, "opset": OPSET, "versions": versions}
 
 
+def put_in_place(targets: dict[Path, Path]) -> None:
+    """Moves each file to its target; if one cannot be moved, the earlier files come back."""
+    moved = []
+    try:
+        for path, target in targets.items():
+            if target.exists():
+                shutil.copy2(target, f"{path}.earlier")
+            os.replace(path, target)
+            moved.append((Path(f"{path}.earlier"), target))
+    except BaseException:
+        for earlier, target in moved:
+            os.replace(earlier, target) if earlier.exists() else target.unlink()
+        raise
+
+
 def export(args: Args) -> None:
     """Writes the files that were asked for and policy.json, all of them or none."""
     if args.evaluate < 0:
@@ -559,8 +575,7 @@ def export(args: Args) -> None:
             for target in targets.values():
                 if target.is_dir():
                     fail(f"{target} is a folder: remove it or choose another --output-dir")
-            for path, target in targets.items():
-                os.replace(path, target)
+            put_in_place(targets)
     except OSError as error:
         fail(f"--output-dir {output_dir} cannot be written: {error.strerror or error}")
     for name in (*FILES.values(), INT8):

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
 import json
@@ -519,6 +520,27 @@ def test_full_disk_while_a_file_is_written(run_dir, tmp_path, name):
     assert done.returncode == 2 and done.stderr == f"error: --output-dir {tmp_path} cannot be written: File too large\n"
     assert [path.name for path in tmp_path.iterdir()] == ["policy.json"]
     assert (tmp_path / "policy.json").read_text() == "earlier"
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EBUSY, "Device or resource busy"), KeyboardInterrupt()])
+def test_an_export_that_ends_between_two_files_leaves_the_earlier_ones(run_dir, tmp_path, monkeypatch, error):
+    (tmp_path / "policy.onnx").write_text("earlier")
+    replace = os.replace
+
+    def broken(path, target):
+        if Path(target).name == "policy.json":
+            raise error
+        replace(path, target)
+
+    monkeypatch.setattr(os, "replace", broken)
+    if isinstance(error, OSError):
+        done = export(run_dir, "--formats", "onnx", "torchscript", "--output-dir", tmp_path)
+        assert done.returncode == 2 and "cannot be written: Device or resource busy" in done.stderr
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            export(run_dir, "--formats", "onnx", "torchscript", "--output-dir", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["policy.onnx"]
+    assert (tmp_path / "policy.onnx").read_text() == "earlier"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
