@@ -324,8 +324,12 @@ def probes(obs: np.ndarray, space) -> list[np.ndarray]:
     if hasattr(space, "n"):
         low, high = space.start, space.start + space.n - 1
     else:
-        reach = 100 if obs.dtype == np.float32 else 255  # of pixels
-        low, high = (np.clip(end, space.low.astype(float), space.high.astype(float)) for end in (-reach, reach))
+        bounds = space.low.astype(float), space.high.astype(float)
+        reach = np.maximum(100.0, 10.0 * obs.std(0))  # where the space is wide: around what play shows
+        low, high = (
+            np.where(bounds[1] - bounds[0] <= 1e4, bound, np.clip(obs.mean(0) + end, *bounds))
+            for bound, end in zip(bounds, (-reach, reach))
+        )
     shape = (256, *obs.shape[1:])
     zeros = np.broadcast_to(np.clip(0, low, high), shape)
     extremes = np.where(rng.random(shape) < 0.5, low, high)

@@ -170,6 +170,17 @@ def test_a_large_logit_elsewhere_excuses_no_action(capsys):
     assert "file: actions differ" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("low, high", [(0, 255), (1000, 2000), (-1e6, 1e6), (-np.inf, np.inf)])
+def test_probes_reach_over_the_space_or_far_from_what_was_seen(low, high):
+    exporter, space = load(ROOT / "export_policy.py"), gym.spaces.Box(low, high, (3,), np.float32)
+    seen = np.float32([1100, 1200, 1300]) if low == 1000 else np.float32([1, 2, 3])
+    _, _, extremes, spread = exporter.probes(np.tile(seen, (256, 1)), space)
+    near, far = (low, high) if high - low <= 1e4 else (seen - 100, seen + 100)
+    np.testing.assert_array_equal(extremes.min(0), np.broadcast_to(near, 3))
+    np.testing.assert_array_equal(extremes.max(0), np.broadcast_to(far, 3))
+    assert (spread.std(0) > 50).all() and all(space.contains(row) for row in (*extremes, *spread))
+
+
 @pytest.mark.parametrize("action, right", [(0, True), (1, True), (2, False), (-1, False), (3, False)])
 def test_a_tie_excuses_only_the_tied_actions(action, right):
     exporter = load(ROOT / "export_policy.py")
