@@ -57,11 +57,12 @@ def test_the_same_rollout_gives_the_same_update(trainer, full_precision):
         assert theirs[name] == pytest.approx(ours[name], rel=1e-3, abs=1e-4), name
 
 
-def test_captured_minibatches_learn_what_eager_ones_learn(trainer, full_precision):
+@pytest.mark.parametrize("changes", [{}, {"target_kl": 10.0}, {"clip_vloss": True}], ids=str)
+def test_captured_minibatches_learn_what_eager_ones_learn(trainer, full_precision, changes):
     """Two dozen minibatches, the learning rate and c2 changing in between, as a graph and as they are."""
     ends = {}
     for name in ("eager", "graph"):
-        args, agent, optimizer, episodes, rollout = state(trainer, "cuda", update_epochs=4)
+        args, agent, optimizer, episodes, rollout = state(trainer, "cuda", update_epochs=4, **changes)
         torch.manual_seed(2)
         trainer.collect(agent, episodes, rollout, args)
         advantages, returns = gae(trainer, rollout, args)
