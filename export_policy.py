@@ -504,7 +504,10 @@ def put_in_place(targets: dict[Path, Path]) -> None:
             moved.append((Path(f"{path}.earlier"), target))
     except BaseException:
         for earlier, target in moved:
-            os.replace(earlier, target) if earlier.exists() else target.unlink()
+            if earlier.exists():
+                os.replace(earlier, target)
+            else:
+                target.unlink()
         raise
 
 

@@ -344,6 +344,18 @@ def test_a_number_that_cannot_work_is_refused(trainer, capsys, field, bad):
     assert err.startswith("error: ") and err.count("\n") == 1 and f"--{field.replace('_', '-')}" in err
 
 
+def test_an_error_among_ranks_exits_at_once(trainer, monkeypatch):
+    """The usual exit would now and then end in an abort by gloo's threads."""
+
+    def exit_at_once(code):
+        raise InterruptedError(code)
+
+    monkeypatch.setattr(trainer.dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(trainer.os, "_exit", exit_at_once)
+    with pytest.raises(InterruptedError, match="7"):
+        trainer.fail("enough", code=7)
+
+
 def test_a_target_entropy_needs_two_epochs(trainer, capsys):
     """With one it cannot be seen how the entropy moves, and c2 would swing between its bounds."""
     trainer.check(trainer.Args(target_entropy=0.5, update_epochs=2))
