@@ -1077,9 +1077,9 @@ class Report:
 
     def __init__(self, args: Args, run_dir: Path, global_step: int, timed: list, recent: list):
         self.total = args.num_iterations * args.batch_size
-        self.timed = timed  # [steps, seconds] that SPS counts
+        self.timed, self.earlier = timed, timed  # [steps, seconds] of all starts, and of those before this one
         self.recent: deque[float] = deque(recent, maxlen=100)  # scores of the last episodes
-        self.skip = 2  # warm-up iterations that SPS leaves out
+        self.skip = 2  # warm-up iterations that no speed counts
         self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
         threading.excepthook = lambda error: None  # the writer's thread: its errors resurface in `iteration`
         self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=None)
@@ -1091,7 +1091,7 @@ class Report:
         self.skip -= 1
         if self.skip < 0:
             self.timed = [self.timed[0] + global_step - self.step, self.timed[1] + now - self.tick]
-            charts["SPS"] = self.timed[0] / self.timed[1]
+            charts["SPS"] = (self.timed[0] - self.earlier[0]) / (self.timed[1] - self.earlier[1])
         self.tick, self.step = now, global_step
         if ended:
             charts["episodic_return"], charts["episodic_length"] = np.mean(ended, axis=0)
@@ -1176,7 +1176,7 @@ def train(args: Args) -> None:
     episodes = Episodes(envs, env_seeds(args.seed, 0, args.num_envs)[mine])
     ent_coef = args.ent_coef if args.target_entropy is None else min(max(args.ent_coef, 0.01), ENT_COEF_BOUNDS[1])
     final_temperature = args.final_temperature if args.target_entropy is None else 1.0  # c2 alone sets the entropy
-    resumed, timed, recent = 0, [0, 0.0], []  # iterations, SPS and scores of earlier starts
+    resumed, timed, recent = 0, [0, 0.0], []  # iterations, time and scores of earlier starts
 
     state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
     if state is not None:

@@ -181,6 +181,19 @@ def test_a_second_signal_ends_at_once(tmp_path):
     assert process.wait(timeout=5) == 128 + signal.SIGTERM
 
 
+def test_a_resumed_run_tells_the_speed_of_this_start(discrete, tmp_path, capsys):
+    """Its ETA too: the earlier start may have stood on a slower machine. The result's `sps` counts both."""
+    args = discrete.Args(total_timesteps=2048 * 5, resume=str(tmp_path))
+    report = discrete.Report(args, tmp_path, 2048, [2048, 1e6], [])
+    report.bar.disable = True
+    for number in range(2, 6):
+        report.iteration(2048 * number, {}, {}, [])
+    report.close()
+    (line,) = capsys.readouterr().out.splitlines()
+    assert int(re.search(r"(\d+) steps/s  ETA 0 s", line)[1]) > 100
+    assert report.timed[0] == 3 * 2048 and report.timed[1] > 1e6
+
+
 def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, monkeypatch, capsys):
     flags = f"{SMALL[ATARI]} --update-epochs 2 --target-entropy 1 --final-temperature 0.25 --total-timesteps 96"
     flags += f" --run-dir {tmp_path / 'run'}"
