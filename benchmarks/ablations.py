@@ -5,8 +5,8 @@
     python benchmarks/plot.py ablations
 
 What no flag changes is changed in a copy of the script, as a user would do it. Adds to
-benchmarks/results/ablations.json as it goes; a run that it holds is not repeated, unless it failed. Delete the file
-when the trainer has changed.
+benchmarks/results/ablations.json as it goes; a run that it holds is not repeated, unless it failed or the trainer has
+changed since.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from learning import ROOT, hardware, sha256, side_by_side, tell, train
+from learning import RESULTS, ROOT, hardware, sha256, side_by_side, start, tell, train
 
 TRAINER = ROOT / "ppo_clip_discrete.py"
 POINTS = 60  # of a curve, at most
@@ -78,8 +78,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once; wall times then include contention")
     parser.add_argument("--total-timesteps", type=int, help="instead of each environment's own, for a trial")
-    parser.add_argument("--record", type=Path, default=ROOT / "benchmarks" / "results" / "ablations.json")
+    parser.add_argument("--record", type=Path, default=RESULTS / "ablations.json")
     options = parser.parse_args()
+    if options.total_timesteps and options.record == parser.get_default("record"):
+        parser.error("--total-timesteps is for a trial, which needs a --record of its own")
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     options.record.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first run
@@ -96,11 +98,12 @@ def main() -> None:
             for seed in options.seeds:
                 flags = f"--env-id {env_id} --total-timesteps {steps} --seed {seed} --eval-episodes {episodes}"
                 job = (variant, f"{flags} {own_flags}".strip())
-                if job not in made or made[job]["exit_code"] != 0:
+                old = made.get(job, {"exit_code": None})
+                if old["exit_code"] != 0 or old["trainer_sha256"] != sha256(TRAINER):
                     jobs.append(job)
-    print(f"{len(jobs)} runs to do, {len(runs)} already in {options.record}", flush=True)
-    if any(run["trainer_sha256"] != sha256(TRAINER) for run in runs):
-        print(f"warning: some of those were made by another {TRAINER.name}")
+    print(f"{len(jobs)} runs to do, {len(runs)} in {options.record}", flush=True)
+    if any(run["trainer_sha256"] != sha256(TRAINER) for job, run in made.items() if job not in jobs):
+        print(f"warning: another {TRAINER.name} made some of those, which stay beside these")
     for run in side_by_side(ablate, jobs, options.jobs):
         tell(run)
         made[run["variant"], run["flags"]] = run | {"jobs": options.jobs}
@@ -109,4 +112,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

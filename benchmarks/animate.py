@@ -20,16 +20,19 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=12.0, help="length in the film's time")
     parser.add_argument("--width", type=int, default=160, help="pixels; 160 is the emulator's own")
     parser.add_argument("--colours", type=int, default=16)
-    parser.add_argument("--speed", type=float, default=1.0, help="times the film's own")
+    parser.add_argument("--speed", type=float, default=1.0, help="times the film's own, up to 50 frames a second")
     options = parser.parse_args()
-    if min(options.speed, options.width, options.seconds) <= 0 or not 1 <= options.colours <= 256:
-        parser.error("--speed, --width and --seconds must be above 0, --colours from 1 to 256")
+    if min(options.speed, options.width, options.seconds) <= 0 or not 1 <= options.colours <= 256 or options.start < 0:
+        parser.error("--speed, --width and --seconds must be above 0, --start 0 or more, --colours from 1 to 256")
     if options.to.suffix.lower() != ".gif":
         parser.error(f"--to {options.to} must end in .gif")
     film = options.run / "video.mp4" if options.run.is_dir() else options.run
     if not film.exists():
         parser.error(f"{film} does not exist: train with --capture-video")
-    fps = iio.immeta(film, plugin="FFMPEG")["fps"]
+    try:
+        fps = iio.immeta(film, plugin="FFMPEG")["fps"]
+    except OSError:
+        parser.error(f"{film} is no film that can be read")
     first = round(options.start * fps)
     frames = []
     for i, frame in enumerate(iio.imiter(film, plugin="FFMPEG")):

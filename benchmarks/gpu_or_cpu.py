@@ -11,12 +11,10 @@ import argparse
 import dataclasses
 import functools
 import json
-import shlex
-import sys
 from pathlib import Path
 
 import torch
-from learning import ROOT, commit, hardware
+from learning import RESULTS, ROOT, about, start
 from throughput import Parts, load
 
 
@@ -38,7 +36,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, nargs="+", default=[64, 256, 1024])
     parser.add_argument("--num-envs", type=int, nargs="+", default=[8, 64, 512])
     parser.add_argument("--seconds", type=float, default=1.0, help="of each measurement, three iterations at least")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "gpu_or_cpu.json")
+    parser.add_argument("--record", type=Path, default=RESULTS / "gpu_or_cpu.json")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU here")
@@ -52,18 +50,11 @@ def main() -> None:
                 steps_per_second = measure(trainer, args, options.seconds)
                 rows.append(dict(device=device, hidden=hidden, num_envs=num_envs, steps_per_second=steps_per_second))
                 print(rows[-1], flush=True)
-    record = {
-        "command": "python benchmarks/gpu_or_cpu.py " + shlex.join(sys.argv[1:]),
-        "seed": args.seed,
-        "commit": commit(),
-        "versions": trainer.versions(),
-        "hardware": hardware(),
-        "rows": rows,
-    }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(record, indent=2) + "\n")
-    print(f"record {options.output}")
+    record = about(trainer.versions()) | {"seed": args.seed, "rows": rows}
+    options.record.parent.mkdir(parents=True, exist_ok=True)
+    options.record.write_text(json.dumps(record, indent=2) + "\n")
+    print(f"record {options.record}")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

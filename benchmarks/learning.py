@@ -23,6 +23,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 POINTS = 100  # of a curve, at most
+
+
+class Refused(Exception):
+    """A trainer's own line on a command line that cannot work."""
 
 
 def hardware() -> str:
@@ -55,6 +61,18 @@ def commit(folder: Path = ROOT) -> str | None:
     """The commit that is checked out in `folder`."""
     git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+
+
+def about(versions: dict) -> dict:
+    """What a record says of this command: itself, the commit, the `versions` of a trainer's packages, the hardware."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
+    return {"command": command, "commit": commit(), "versions": versions, "hardware": hardware()}
+
+
+def trainer_of(env_id: str) -> Path:
+    """The script that trains `env_id`."""
+    atari = env_id.startswith("ALE/") or "NoFrameskip" in env_id
+    return ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
 
 
 def sha256(path: Path) -> str:
@@ -106,7 +124,7 @@ def read_run(run_dir: Path, points: int = POINTS, threshold: float | None = None
 
 
 def train(trainer: Path, flags: list[str], points: int = POINTS, threshold: float | None = None) -> dict:
-    """One run in a process of its own, in a temporary folder; `flags` begin with --env-id."""
+    """One run in a process of its own, in a temporary folder; `flags` begin with --env-id. Raises Refused."""
     head = commit()
     path = os.pathsep.join(filter(None, [str(ROOT / "benchmarks"), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryDirectory() as folder:
@@ -117,6 +135,8 @@ def train(trainer: Path, flags: list[str], points: int = POINTS, threshold: floa
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": path}
         )
         run = {"exit_code": done.returncode, "command_seconds": round(time.time() - started, 2)}
+        if done.returncode == 2:
+            raise Refused(done.stderr.strip())
         if done.returncode == 0:
             run |= read_run(run_dir, points, threshold)
         else:
@@ -154,6 +174,17 @@ def tell(run: dict) -> None:
     print({k: v for k, v in run.items() if k not in ("curve", "versions", "command", "changes")}, flush=True)
 
 
+def start(main: Callable[[], None]) -> None:
+    """Runs a script's `main`, which Ctrl-C and a trainer's refusal end without a traceback."""
+    try:
+        main()
+    except Refused as refused:
+        print(refused, file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("env_id")
@@ -169,20 +200,21 @@ def main() -> None:
     if options.jobs < 1:
         parser.error("--jobs must be at least 1")
     for run_dir in options.runs or []:
-        about = run_dir / "args.json"
-        if not about.exists() or json.loads(about.read_text())["args"]["env_id"] != options.env_id:
+        try:
+            holds = json.loads((run_dir / "args.json").read_text())["args"]["env_id"] == options.env_id
+        except (OSError, ValueError, LookupError, TypeError):
+            holds = False
+        if not holds:
             parser.error(f"{run_dir} holds no run of {options.env_id}")
     name = options.env_id.replace("/", "-").replace(":", "-")
-    path = options.record or ROOT / "benchmarks" / "results" / f"learning_{name}.json"
+    path = options.record or RESULTS / f"learning_{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first run
-    atari = options.env_id.startswith("ALE/") or "NoFrameskip" in options.env_id
-    trainer = ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
     flags = ["--env-id", options.env_id, "--total-timesteps", str(options.total_timesteps)]
     flags += ["--eval-episodes", str(options.eval_episodes), "--seed"]
     if options.runs:
         made = (read_run(run_dir, threshold=options.threshold) for run_dir in options.runs)
     else:
-        jobs = [(trainer, [*flags, str(seed)], POINTS, options.threshold) for seed in options.seeds]
+        jobs = [(trainer_of(options.env_id), [*flags, str(seed)], POINTS, options.threshold) for seed in options.seeds]
         made = side_by_side(train, jobs, options.jobs)
     runs = []
     for run in made:
@@ -196,14 +228,16 @@ def main() -> None:
             "jobs": None if options.runs else options.jobs,
             "mean": statistics.mean(scores) if scores else None,
             "worst": min(scores, default=None),
-            "failed": sum(run.get("exit_code", 0) != 0 for run in runs),  # in neither mean nor median
+            "failed": sum(run.get("exit_code", 0) != 0 for run in runs),  # in neither mean nor seconds
             "median_command_seconds": statistics.median(times) if times else None,
             "median_seconds_to_threshold": median_to_threshold(runs) if options.threshold is not None else None,
             "runs": runs,
         }
         path.write_text(json.dumps(record, indent=1) + "\n")
     print(f"mean {record['mean']}, worst {record['worst']}, failed {record['failed']}, record {path}")
+    if record["failed"] == len(runs):
+        raise SystemExit(1)
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

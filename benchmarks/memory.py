@@ -11,8 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
-from learning import ROOT, commit, hardware
+from learning import RESULTS, ROOT, about, start
 from throughput import load
 
 ITERATIONS = 200
@@ -38,8 +39,10 @@ trainer.train(trainer.parse_args())
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    record = {}
+    parser.add_argument("--record", type=Path, default=RESULTS / "memory.json")
+    options = parser.parse_args()
+    options.record.parent.mkdir(parents=True, exist_ok=True)  # now, not after the runs
+    record = about(load(ROOT / "ppo_clip_atari.py").versions())
     for script, (env_id, batch, flags) in RUNS.items():
         with tempfile.TemporaryDirectory() as folder:
             flags = f"--env-id {env_id} {flags} --total-timesteps {ITERATIONS * batch} --eval-episodes 0".split()
@@ -56,12 +59,8 @@ def main() -> None:
             "resident_mib_every_20": [round(mib, 1) for mib in resident[19::20]],
         }
         print(script, record[script], flush=True)
-    record["commit"] = commit()
-    record["versions"] = load(ROOT / "ppo_clip_atari.py").versions()
-    record["hardware"] = hardware()
-    path = ROOT / "benchmarks" / "results" / "memory.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    options.record.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

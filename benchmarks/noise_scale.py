@@ -16,12 +16,10 @@ import argparse
 import dataclasses
 import json
 import math
-import shlex
-import sys
 from pathlib import Path
 
 import torch
-from learning import ROOT, commit, hardware
+from learning import RESULTS, ROOT, about, start
 from throughput import GAE_INPUTS, load
 
 
@@ -68,7 +66,8 @@ def estimates(products: torch.Tensor, reference: int) -> torch.Tensor:
     signal = (products.sum((2, 3)) - same.sum(2)) / (n * (n - 1))  # (L + 1, L + 1) G_l . G_m
     own = signal.diagonal()
     noise = same.mean(2).diagonal() - own
-    cosine, balance = signal[:, reference] / (own * own[reference]).sqrt(), -signal[:, -1] / own[-1]
+    norm = own.sqrt()  # nan where noise makes the estimate of |G|^2 negative
+    cosine, balance = signal[:, reference] / (norm * norm[reference]), -signal[:, -1] / own[-1]
     return torch.stack([own / noise, cosine, balance], 1)[:-1]
 
 
@@ -80,6 +79,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--num-steps", type=int, default=256, help="of each environment in a batch")
     parser.add_argument("--seed", type=int, default=77)
+    parser.add_argument("--record", type=Path, help="default: benchmarks/results/noise_scale_<env>.json")
     options = parser.parse_args()
     if options.reference not in options.lambdas:
         parser.error("--reference must be one of --lambdas")
@@ -87,7 +87,8 @@ def main() -> None:
         parser.error("--batches must be at least 3, for the jackknife, and --num-steps at least 1")
 
     trainer = load(ROOT / "ppo_clip_atari.py")
-    state = trainer.load_checkpoint(trainer.lock_run_dir(options.run))  # not under a process that trains there
+    there = (options.run / "checkpoint.pt").exists()
+    state = trainer.load_checkpoint(trainer.lock_run_dir(options.run)) if there else None  # not while it is trained
     if state is None or not state["args"].keys() <= vars(trainer.Args()).keys():
         parser.error(f"{options.run} holds no checkpoint of ppo_clip_atari.py")
     rows = gradients(trainer, state, options.lambdas, options.batches, options.num_steps, options.seed)
@@ -99,17 +100,13 @@ def main() -> None:
     parts = torch.stack([estimates(products[:, :, keep][..., keep], reference) for keep in subsets])
     errors = ((parts - parts.mean(0)).square().sum(0) * (n - 1) / n).sqrt()
 
-    record = {
-        "command": "python benchmarks/noise_scale.py " + shlex.join(sys.argv[1:]),
+    record = about(trainer.versions()) | {
         "run": {key: value for key, value in state["args"].items() if key not in ("run_dir", "resume")},
         "step": state["global_step"],
         "batches": n,
         "batch_size": size,
         "seed": options.seed,
         "lambdas": {},
-        "commit": commit(),
-        "versions": trainer.versions(),
-        "hardware": hardware(),
     }
     names = ("signal_to_noise", "cosine", "balancing_c2")
     print("lambda  noise scale  signal / noise of a batch, cosine, balancing c2")
@@ -118,9 +115,10 @@ def main() -> None:
         numbers["noise_scale"] = size / row[0] if row[0] > 0 else math.inf
         record["lambdas"][str(value)] = {name: x if math.isfinite(x) else None for name, x in numbers.items()}
         print(f"{value:6.2f}  {numbers['noise_scale']:11.0f}", *(f"  {x:.4f} ± {se:.4f}" for x, se in zip(row, row_se)))
-    path = ROOT / "benchmarks" / "results" / f"noise_scale_{state['args']['env_id'].replace('/', '-')}.json"
+    path = options.record or RESULTS / f"noise_scale_{state['args']['env_id'].replace('/', '-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -1,5 +1,7 @@
 """Draws the recorded runs: mean over the seeds with its 95% band (Student's t), the seeds themselves as thin lines.
 
+A band reaches no further than 5% of their range beyond the seeds: with three it can be narrower than 95%.
+
     pip install matplotlib
     python benchmarks/plot.py                                 # all figures, into benchmarks/figures
     python benchmarks/plot.py classic_control ablations
@@ -12,15 +14,20 @@ import argparse
 import io
 import json
 import math
+import sys
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib import ticker
-from PIL import Image
+
+try:
+    import matplotlib.pyplot as plt
+    from matplotlib import ticker
+    from PIL import Image
+except ModuleNotFoundError as error:
+    print(f"error: `pip install matplotlib` first: {error}", file=sys.stderr)
+    raise SystemExit(2) from None
+
+plt.switch_backend("Agg")
 
 HERE = Path(__file__).parent
 RETURN = "mean_return_of_last_100"
@@ -92,7 +99,8 @@ def save(figure: plt.Figure, path: Path) -> None:
 def draw_learning(name: str, results: Path, to: Path) -> None:
     """One column per environment; return against steps above, against wall time below.
 
-    Seeds in records of their own, `learning_<env>_seed_<seed>.json`, ran beside other work: they are drawn above only.
+    Seeds in records of their own, `learning_<env>_seed_<seed>.json`, mostly ran beside other work: they are
+    drawn above only.
     """
 
     def load(path: Path) -> tuple[list[dict], str]:

@@ -3,14 +3,13 @@
     python benchmarks/ranks.py --ranks 2
     python benchmarks/ranks.py --ranks 8 --env-id ALE/Breakout-v5 --flags "--num-envs 512"      # on eight GPUs
 
-Every turn trains for 12 iterations as one process, with a thread for each core, and as ranks, each with its share of
-threads; steps a second are of the last ten. Writes benchmarks/results/ranks_<env>.json.
+Every turn trains for 12 iterations as one process, for Atari with a thread for each core, and as ranks, each with its
+share of threads; steps a second are of the last ten. Writes benchmarks/results/ranks_<env>.json.
 """
 
 import argparse
 import json
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -20,9 +19,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import tyro
-from learning import ROOT, commit, hardware
-from throughput import load
+from learning import RESULTS, about, start, trainer_of
+from throughput import load, read_flags, words
 
 ITERATIONS = 12
 
@@ -51,12 +49,13 @@ def torchrun(ranks: int) -> list[str]:
 
 def train(script: Path, flags: list[str], ranks: int) -> tuple[float, int]:
     """Steps a second of the whole job, and the network's parameters."""
-    threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // ranks))}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = {"OMP_NUM_THREADS": str(max(1, cores // ranks))}
     with tempfile.TemporaryDirectory() as folder:
         command = torchrun(ranks) if ranks > 1 else [sys.executable]
         command += [str(script), *flags, "--eval-episodes", "0", "--run-dir", f"{folder}/run"]
-        if subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ | threads).returncode:
-            raise SystemExit(f"failed: {shlex.join(command)}")
+        if code := subprocess.run(command, stdout=subprocess.DEVNULL, env=os.environ | threads).returncode:
+            raise SystemExit(code)  # after the trainer's own line
         result = json.loads(Path(f"{folder}/run/result.json").read_text())
         optimizer = torch.load(f"{folder}/run/checkpoint.pt", weights_only=True, map_location="cpu")["optimizer"]
     return result["sps"], optimizer["exp_avg"].numel()
@@ -65,9 +64,10 @@ def train(script: Path, flags: list[str], ranks: int) -> tuple[float, int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env-id", default="PongNoFrameskip-v4")
-    parser.add_argument("--flags", default="", help="further flags of the trainer, in one string")
+    parser.add_argument("--flags", type=words, default=[], help="further flags of the trainer, in one string")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--record", type=Path, help="default: benchmarks/results/ranks_<env>.json")
     parser.add_argument("--all-reduce", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ranks < 2 or options.turns < 1:
@@ -75,12 +75,15 @@ def main() -> None:
     if options.all_reduce:
         all_reduce(options.all_reduce)
         return
-    atari = options.env_id.startswith("ALE/") or "NoFrameskip" in options.env_id
-    script = ROOT / ("ppo_clip_atari.py" if atari else "ppo_clip_discrete.py")
-    flags = ["--env-id", options.env_id, *shlex.split(options.flags)]
+    script = trainer_of(options.env_id)
+    flags = ["--env-id", options.env_id, *options.flags]
     trainer = load(script)
-    args = tyro.cli(trainer.Args, args=flags)
-    flags += ["--total-timesteps", str(ITERATIONS * args.batch_size)]
+    args = read_flags(trainer, flags, ITERATIONS)
+    if args.num_envs % options.ranks or args.batch_size // args.num_minibatches % options.ranks:
+        parser.error(f"environments and minibatch, --flags may set them, must divide by {options.ranks} ranks")
+    path = options.record or RESULTS / f"ranks_{options.env_id.replace('/', '-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the last turn
+    flags += ["--total-timesteps", str(args.total_timesteps)]
     turns = []
     for _ in range(options.turns):
         one_process, parameters = train(script, flags, 1)
@@ -89,23 +92,18 @@ def main() -> None:
         print({key: round(value, 2) for key, value in turns[-1].items()}, flush=True)
     child = [*torchrun(options.ranks), __file__, "--all-reduce", str(parameters)]
     printed = subprocess.run(child, check=True, stdout=subprocess.PIPE, text=True).stdout
-    record = {
-        "command": "python benchmarks/ranks.py " + shlex.join(sys.argv[1:]),
+    record = about(trainer.versions()) | {
         "env_id": options.env_id,
         "seed": args.seed,
-        "commit": commit(),
-        "versions": trainer.versions(),
-        "hardware": hardware(),
         "ranks": options.ranks,
         "turns": turns,
         "median": {key: statistics.median(turn[key] for turn in turns) for key in turns[0]},
         "parameters": parameters,
         "all_reduce_ms": float(printed.split("all_reduce_ms")[1].split()[0]),
     }
-    name = options.env_id.replace("/", "-")
-    (ROOT / "benchmarks" / "results" / f"ranks_{name}.json").write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"median ratio {record['median']['ratio']:.2f}, all-reduce {record['all_reduce_ms']:.2f} ms")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

@@ -10,39 +10,20 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
-from learning import ROOT, commit, hardware, sha256
+from learning import RESULTS, ROOT, hardware, sha256, start, train
 
 TRAINER = ROOT / "ppo_clip_discrete.py"
-RECORD = ROOT / "benchmarks" / "results" / "sweep.json"
 STEPS = {"CartPole-v1": 100_000, "Acrobot-v1": 300_000, "MountainCar-v0": 500_000, "LunarLander-v3": 1_000_000}
 
 
 def run(setting: str, env_id: str, seed: int) -> dict:
-    """One training run in a process of its own."""
-    head = commit()
-    with tempfile.TemporaryDirectory() as folder:
-        flags = f"--env-id {env_id} --total-timesteps {STEPS[env_id]} --seed {seed} --eval-episodes 100 {setting}"
-        command = [sys.executable, str(TRAINER), *flags.split(), "--run-dir", f"{folder}/run"]
-        code = subprocess.run(command, stdout=subprocess.DEVNULL).returncode
-        if code == 2:  # a flag that cannot work, as the trainer has just said: no result
-            raise SystemExit(code)
-        result = json.loads(Path(f"{folder}/run/result.json").read_text()) if code == 0 else {}
-    return {
-        "setting": setting,
-        "env_id": env_id,
-        "seed": seed,
-        "exit_code": code,
-        "eval_return_mean": result.get("eval_return_mean"),
-        "sps": result.get("sps"),
-        "trainer_sha256": sha256(TRAINER),
-        "commit": head,
-        "hardware": hardware(),
-    }
+    """What one training run came to, without its curve."""
+    flags = f"--env-id {env_id} --total-timesteps {STEPS[env_id]} --seed {seed} --eval-episodes 100 {setting}"
+    made = train(TRAINER, flags.split())
+    made.pop("curve", None)
+    return {"setting": setting, "env_id": env_id} | made | {"hardware": hardware()}
 
 
 def main() -> None:
@@ -50,8 +31,10 @@ def main() -> None:
     parser.add_argument("settings", nargs="+")
     parser.add_argument("--env-ids", nargs="+", choices=STEPS, default=["Acrobot-v1", "MountainCar-v0"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[11, 12])
+    parser.add_argument("--record", type=Path, default=RESULTS / "sweep.json")
     options = parser.parse_args()
-    runs = json.loads(RECORD.read_text()) if RECORD.exists() else []
+    options.record.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first run
+    runs = json.loads(options.record.read_text()) if options.record.exists() else []
     for setting in options.settings:
         for env_id in options.env_ids:
             for seed in options.seeds:
@@ -62,12 +45,12 @@ def main() -> None:
                         continue
                     runs.remove(made[key])
                 runs.append(run(setting, env_id, seed))
-                RECORD.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")  # one line per run
+                options.record.write_text("[\n" + ",\n".join(map(json.dumps, runs)) + "\n]\n")  # one line per run
             scores = [
                 r["eval_return_mean"]
                 for r in runs
                 if (r["setting"], r["env_id"], r["trainer_sha256"]) == (setting, env_id, sha256(TRAINER))
-                and r["eval_return_mean"] is not None
+                and r.get("eval_return_mean") is not None
             ]
             print(
                 f"{setting or '(defaults)':50} {env_id:15} {statistics.mean(scores or [math.nan]):8.1f}  {scores}",
@@ -76,4 +59,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    start(main)

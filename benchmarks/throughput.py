@@ -2,8 +2,9 @@
 
     python benchmarks/throughput.py discrete                                  # CartPole-v1, the trainer's defaults
     python benchmarks/throughput.py atari --env-id ALE/Breakout-v5 --turns 5
-    python benchmarks/throughput.py atari --tag canonical --peer sb3 cleanrl --cleanrl ../cleanrl \\
-        --flags "--num-envs 8 --num-steps 128 --num-minibatches 4 --learning-rate 2.5e-4"
+    python benchmarks/throughput.py atari --env-id BreakoutNoFrameskip-v4 --tag canonical \\
+        --flags "--num-envs 8 --num-steps 128 --num-minibatches 4 --learning-rate 2.5e-4 --clip-vloss --vf-coef 0.5
+        --no-norm-obs" --peer sb3 cleanrl --cleanrl ../cleanrl
     python benchmarks/throughput.py atari --versus=--no-bf16                  # the trainer with and without a flag
     python benchmarks/throughput.py atari --buffer 1000 100000 1000000        # only the memory; takes some time
 
@@ -12,6 +13,8 @@ actions drawn and read back, (c) the update alone, all its epochs, (d) the real 
 peers. One after the other, the parts allow the serial bound 1/(1/a + 1/b + 1/c); at once, the overlapped bound, the
 slowest of them. (d) and the peers are processes of their own; their training loops count without the first two
 iterations. Peers get the trainer's settings, device and number of threads, and keep their networks and wrappers:
+CleanRL's ppo.py or ppo_atari.py, and Stable-Baselines3's PPO with its default DummyVecEnv, for vectors in VecNormalize.
+Both step their environments one after the other in one process; CleanRL's scripts for EnvPool are not measured.
 
     pip install stable-baselines3 opencv-python-headless                      # for both
     git clone https://github.com/vwxyzjn/cleanrl ../cleanrl                   # for --peer cleanrl
@@ -19,7 +22,7 @@ iterations. Peers get the trainer's settings, device and number of threads, and 
 `--buffer` fills a rollout of that many transitions with real play and trains on it for one epoch, each in a process of
 its own; a small one shows what a process takes without it.
 
-Writes benchmarks/results/throughput_<trainer>_<env>[_<tag>].json.
+Writes benchmarks/results/throughput_<trainer>_<env>[_<tag>].json, after each turn.
 """
 
 import argparse
@@ -43,7 +46,7 @@ os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # before PyTorch: as the Ata
 import numpy as np
 import torch
 import tyro
-from learning import ROOT, commit, hardware
+from learning import RESULTS, ROOT, about, commit, start
 
 BUFFER_ENVS, BUFFER_MINIBATCH = 64, 256  # of --buffer, whose capacity is num_envs * num_steps
 # Runs a command, then prints its peak. Linux counts what the parent held at the fork as the child's: this one is small.
@@ -285,7 +288,7 @@ def measure_turn(parts: Parts, flags: list[str], options: argparse.Namespace) ->
     turn["trainer_to_serial_bound"] = turn["trainer"] / turn["serial_bound"]
     turn["trainer_to_overlapped_bound"] = turn["trainer"] / turn["overlapped_bound"]
     if options.versus:
-        turn["versus"], turn["versus_peak_mib"] = run_trainer(trainer, args, [*flags, *shlex.split(options.versus)])
+        turn["versus"], turn["versus_peak_mib"] = run_trainer(trainer, args, [*flags, *options.versus])
         turn["trainer_to_versus"] = turn["trainer"] / turn["versus"]
     if "sb3" in options.peer:
         lines, peak = launch([sys.executable, __file__, *sys.argv[1:], "--child", "sb3"])
@@ -319,6 +322,22 @@ def train_buffer(trainer, args, transitions: int) -> dict[str, float]:
     }
 
 
+def words(text: str) -> list[str]:
+    """The flags in `text`, as a shell would split it."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+
+
+def read_flags(trainer, flags: list[str], iterations: int):
+    """The trainer's checked arguments for so many iterations."""
+    args = tyro.cli(trainer.Args, args=flags, prog=Path(trainer.__file__).name)
+    args = dataclasses.replace(args, total_timesteps=iterations * args.batch_size)
+    trainer.check(args)
+    return args
+
+
 def number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
 
@@ -327,8 +346,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("trainer", choices=["discrete", "atari"])
     parser.add_argument("--env-id", help="default: the trainer's")
-    parser.add_argument("--flags", default="", help="further flags of the trainer, in one string")
-    parser.add_argument("--versus", default="", help="flags added in a second run of the trainer each turn")
+    parser.add_argument("--flags", type=words, default=[], help="further flags of the trainer, in one string")
+    parser.add_argument("--versus", type=words, default=[], help="flags added in a second run of the trainer each turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each of (a), (b) and (c) in a turn")
     parser.add_argument("--iterations", type=int, default=22, help="of (d) and the peers; the first two do not count")
@@ -336,21 +355,23 @@ def main() -> None:
     parser.add_argument("--cleanrl", type=Path, metavar="PATH", help="checkout of CleanRL, for --peer cleanrl")
     parser.add_argument("--buffer", type=int, nargs="+", metavar="N", help="measure only the memory of N transitions")
     parser.add_argument("--tag", help="end of the record's name")
-    parser.add_argument("--output", type=Path, help="write the record here")
+    parser.add_argument("--record", type=Path, help="write the record here")
     parser.add_argument("--child", choices=["sb3", "buffer"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if "cleanrl" in options.peer and not (options.cleanrl and (options.cleanrl / "cleanrl").is_dir()):
         parser.error("--peer cleanrl needs --cleanrl PATH, a checkout of https://github.com/vwxyzjn/cleanrl")
-    if "sb3" in options.peer and not importlib.util.find_spec("stable_baselines3"):
-        parser.error("--peer sb3 needs `pip install stable-baselines3 opencv-python-headless`")
+    needed = {"stable_baselines3": "sb3" in options.peer, "cv2": options.peer and options.trainer == "atari"}
+    if not all(importlib.util.find_spec(name) for name, is_needed in needed.items() if is_needed):
+        parser.error("--peer needs `pip install stable-baselines3 opencv-python-headless`")
+    if options.record and options.record.is_dir():
+        parser.error(f"--record {options.record} is a folder")
     if options.turns < 1 or options.iterations < 4 or min(options.buffer or [1]) < 1:
         parser.error("--turns and --buffer must be at least 1 and --iterations at least 4")
 
     trainer = load(ROOT / f"ppo_clip_{options.trainer}.py")
-    flags = [*(["--env-id", options.env_id] if options.env_id else []), *shlex.split(options.flags)]
-    args = tyro.cli(trainer.Args, args=flags)
-    args = dataclasses.replace(args, total_timesteps=options.iterations * args.batch_size)
-    trainer.check(args)
+    flags = [*(["--env-id", options.env_id] if options.env_id else []), *options.flags]
+    read_flags(trainer, [*flags, *options.versus], options.iterations)  # an error in them now, not after a turn
+    args = read_flags(trainer, flags, options.iterations)
     if options.child == "sb3":
         train_sb3(trainer, args)
         return
@@ -358,13 +379,9 @@ def main() -> None:
         print(json.dumps(train_buffer(trainer, args, options.buffer[0])))
         return
 
-    record = {
-        "command": "python benchmarks/throughput.py " + shlex.join(sys.argv[1:]),
+    record = about(trainer.versions()) | {
         "env_id": args.env_id,
         "seed": args.seed,
-        "commit": commit(),
-        "versions": trainer.versions(),
-        "hardware": hardware(),
         "threads": threads(trainer, args),
     }
     if "sb3" in options.peer:
@@ -372,8 +389,11 @@ def main() -> None:
     if "cleanrl" in options.peer:
         record["versions"]["cleanrl"] = commit(options.cleanrl)
     print(f"ppo_clip_{options.trainer}.py, {args.env_id}, {record['hardware']}", flush=True)
+    tag = options.tag or ("buffer" if options.buffer else None)
+    name = "_".join(filter(None, ["throughput", options.trainer, args.env_id.replace("/", "-"), tag]))
+    path = options.record or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)  # now, not after the first turn
     if options.buffer:
-        options.tag = options.tag or "buffer"
         record["buffers"] = []
         for transitions in options.buffer:
             child = ["--child", "buffer", "--buffer", str(transitions)]  # its own process, so that peaks do not mix
@@ -383,31 +403,29 @@ def main() -> None:
             text = "{transitions:,} transitions: buffer {buffer_gb:.3f} GB, {bytes_per_transition:.0f} bytes each; "
             text += "process peak {peak_resident_gb:.3f} GB; fill {fill_seconds:.1f} s, epoch {epoch_seconds:.1f} s"
             print(text.format(**record["buffers"][-1]), flush=True)
+            path.write_text(json.dumps(record, indent=2) + "\n")
     else:
         record["settings"] = dataclasses.asdict(args)
         parts = Parts(trainer, args)
         for _ in range(4 if parts.device.type == "cuda" else 1):  # the fourth call records a CUDA graph
             parts.collect()
             parts.update()
-        record["turns"] = []
+        turns = record["turns"] = []
         for _ in range(options.turns):
-            record["turns"].append(measure_turn(parts, flags, options))
+            turns.append(measure_turn(parts, flags, options))
             others = [*(["versus"] if options.versus else []), *options.peer]
             rates = ("environments", "policy", "update", "trainer", *others)
-            print(", ".join(f"{name} {number(record['turns'][-1][name])}" for name in rates), flush=True)
-        if parts.device.type == "cuda":
-            record["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20  # of the parts in this process
-        record["median"] = {key: statistics.median(turn[key] for turn in record["turns"]) for key in record["turns"][0]}
+            print(", ".join(f"{name} {number(turns[-1][name])}" for name in rates), flush=True)
+            if parts.device.type == "cuda":
+                record["peak_gpu_mib"] = torch.cuda.max_memory_allocated() / 2**20  # of the parts in this process
+            record["median"] = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
+            path.write_text(json.dumps(record, indent=2) + "\n")
         print(f"\n{'environment steps a second':32}{'median':>12}" + f"{'turn':>12}" * options.turns)
         for key, median in record["median"].items():
-            values = [median, *(turn[key] for turn in record["turns"])]
+            values = [median, *(turn[key] for turn in turns)]
             print(f"{key.replace('_', ' '):32}" + "".join(f"{number(value):>12}" for value in values))
-    name = "_".join(filter(None, ["throughput", options.trainer, args.env_id.replace("/", "-"), options.tag]))
-    path = options.output or ROOT / "benchmarks" / "results" / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=2) + "\n")
     print(f"record {path}")
 
 
 if __name__ == "__main__":
-    main()
+    start(main)
