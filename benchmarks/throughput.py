@@ -12,12 +12,14 @@ Each turn measures, in environment steps a second: (a) the environments alone wi
 actions drawn and read back, (c) the update alone, all its epochs, (d) the real trainer from its command line, and the
 peers. One after the other, the parts allow the serial bound 1/(1/a + 1/b + 1/c); at once, the overlapped bound, the
 slowest of them. (d) and the peers are processes of their own; their training loops count without the first two
-iterations. Peers get the trainer's settings, device and number of threads, and keep their networks and wrappers:
-CleanRL's ppo.py or ppo_atari.py, and Stable-Baselines3's PPO with its default DummyVecEnv, for vectors in VecNormalize.
-Both step their environments one after the other in one process; CleanRL's scripts for EnvPool are not measured.
+iterations. Peers get the trainer's settings, device and number of threads, and keep their networks and wrappers. `sb3`
+is Stable-Baselines3's PPO with its default DummyVecEnv, for vectors in VecNormalize, `cleanrl` is CleanRL's ppo.py or
+ppo_atari.py: both step their environments one after the other in one process. `envpool` is CleanRL's
+ppo_atari_envpool.py, whose environments run on threads of EnvPool.
 
-    pip install stable-baselines3 opencv-python-headless                      # for both
-    git clone https://github.com/vwxyzjn/cleanrl ../cleanrl                   # for --peer cleanrl
+    pip install stable-baselines3 opencv-python-headless                      # for sb3 and cleanrl
+    pip install envpool                                                       # for envpool
+    git clone https://github.com/vwxyzjn/cleanrl ../cleanrl                   # for cleanrl and envpool
 
 `--buffer` fills a rollout of that many transitions with real play and trains on it for one epoch, each in a process of
 its own; a small one shows what a process takes without it.
@@ -32,6 +34,7 @@ import importlib.util
 import itertools
 import json
 import os
+import re
 import shlex
 import statistics
 import subprocess
@@ -59,7 +62,7 @@ sys.exit(code)
 # Runs CleanRL's script, which was written for Gymnasium 0.29, unchanged on Gymnasium 1: ALE's ids are registered by
 # hand, two wrappers have new names, and vector environments reset in the step after an episode's end unless told
 # otherwise. The new form of `final_info` is taken out, with it the prints of episodes. Its wrappers skip the frames, so
-# the emulator must not, whatever the id.
+# the emulator must not, whatever the id. For EnvPool it speaks Gym 0.23's interface, which EnvPool no longer does.
 CLEANRL = """
 import functools, runpy, sys
 import gymnasium as gym, torch
@@ -70,6 +73,34 @@ if script == "ppo_atari.py":
     gym.make = functools.partial(gym.make, frameskip=1, repeat_action_probability=float(stickiness))
     gym.wrappers.GrayScaleObservation = gym.wrappers.GrayscaleObservation
     gym.wrappers.FrameStack = gym.wrappers.FrameStackObservation
+if script == "ppo_atari_envpool.py":
+    import types, envpool
+
+    class Wrapper:
+        def __init__(self, env):
+            self.env = env
+
+        def __getattr__(self, name):
+            return getattr(self.env, name)
+
+        def reset(self):
+            return self.env.reset()
+
+        def step(self, action):
+            return self.env.step(action)
+
+    class Envs(Wrapper):
+        def reset(self):
+            return self.env.reset()[0]
+
+        def step(self, action):
+            obs, reward, terminated, truncated, info = self.env.step(action)
+            return obs, reward, terminated | truncated, info
+
+    sys.modules["gym"] = types.SimpleNamespace(Wrapper=Wrapper, spaces=gym.spaces)
+    make = envpool.make
+    own = {"env_type": "gymnasium", "repeat_action_probability": float(stickiness)}
+    envpool.make = lambda env_id, **kwargs: Envs(make(env_id, **kwargs | own))
 
 class SameStep(gym.vector.SyncVectorEnv):
     def __init__(self, env_fns):
@@ -86,6 +117,10 @@ sys.path.insert(0, checkout)
 sys.argv = [script, *sys.argv[5:]]
 runpy.run_path(f"{checkout}/cleanrl/{script}", run_name="__main__")
 """
+CLEANRL_SCRIPTS = {
+    "discrete": {"cleanrl": "ppo.py"},
+    "atari": {"cleanrl": "ppo_atari.py", "envpool": "ppo_atari_envpool.py"},
+}
 GAE_INPUTS = ("rewards", "values", "final_values", "terminated", "truncated")
 
 
@@ -210,10 +245,11 @@ def run_trainer(trainer, args, flags: list[str]) -> tuple[float, float]:
         return json.loads(Path(f"{folder}/run/result.json").read_text())["sps"], peak
 
 
-def run_cleanrl(trainer, args, checkout: Path) -> tuple[float, float]:
+def run_cleanrl(trainer, args, checkout: Path, script: str) -> tuple[float, float]:
     """Steps a second and peak MiB of CleanRL's script: its own SPS, over the whole run, is not comparable."""
-    script = "ppo.py" if "discrete" in trainer.__name__ else "ppo_atari.py"
     bootstrap = [str(checkout.resolve()), script, str(threads(trainer, args)), str(getattr(args, "stickiness", 0))]
+    if "envpool" in script:  # which knows one id a game
+        args = dataclasses.replace(args, env_id=re.sub(r"^ALE/|NoFrameskip-v4$|-v5$", "", args.env_id) + "-v5")
     source, flags = (checkout / "cleanrl" / script).read_text(), []
     for name, value in dataclasses.asdict(args).items():
         flag = name.replace("_", "-")
@@ -293,8 +329,9 @@ def measure_turn(parts: Parts, flags: list[str], options: argparse.Namespace) ->
     if "sb3" in options.peer:
         lines, peak = launch([sys.executable, __file__, *sys.argv[1:], "--child", "sb3"])
         turn["sb3"], turn["sb3_peak_mib"] = sps(lines, args), peak
-    if "cleanrl" in options.peer:
-        turn["cleanrl"], turn["cleanrl_peak_mib"] = run_cleanrl(trainer, args, options.cleanrl)
+    for peer, script in CLEANRL_SCRIPTS[options.trainer].items():
+        if peer in options.peer:
+            turn[peer], turn[f"{peer}_peak_mib"] = run_cleanrl(trainer, args, options.cleanrl, script)
     return turn | {f"trainer_to_{peer}": turn["trainer"] / turn[peer] for peer in options.peer}
 
 
@@ -351,18 +388,23 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0, help="for each of (a), (b) and (c) in a turn")
     parser.add_argument("--iterations", type=int, default=22, help="of (d) and the peers; the first two do not count")
-    parser.add_argument("--peer", nargs="+", action="extend", choices=["sb3", "cleanrl"], default=[])
-    parser.add_argument("--cleanrl", type=Path, metavar="PATH", help="checkout of CleanRL, for --peer cleanrl")
+    parser.add_argument("--peer", nargs="+", action="extend", choices=["sb3", "cleanrl", "envpool"], default=[])
+    parser.add_argument("--cleanrl", type=Path, metavar="PATH", help="checkout of CleanRL, for --peer cleanrl envpool")
     parser.add_argument("--buffer", type=int, nargs="+", metavar="N", help="measure only the memory of N transitions")
     parser.add_argument("--tag", help="end of the record's name")
     parser.add_argument("--record", type=Path, help="write the record here")
     parser.add_argument("--child", choices=["sb3", "buffer"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if "cleanrl" in options.peer and not (options.cleanrl and (options.cleanrl / "cleanrl").is_dir()):
-        parser.error("--peer cleanrl needs --cleanrl PATH, a checkout of https://github.com/vwxyzjn/cleanrl")
-    needed = {"stable_baselines3": "sb3" in options.peer, "cv2": options.peer and options.trainer == "atari"}
-    if not all(importlib.util.find_spec(name) for name, is_needed in needed.items() if is_needed):
-        parser.error("--peer needs `pip install stable-baselines3 opencv-python-headless`")
+    atari, peers = options.trainer == "atari", set(options.peer)
+    if peers & {"cleanrl", "envpool"} and not (options.cleanrl and (options.cleanrl / "cleanrl").is_dir()):
+        parser.error("--peer cleanrl and envpool need --cleanrl PATH, a checkout of https://github.com/vwxyzjn/cleanrl")
+    if "envpool" in peers and not atari:
+        parser.error("--peer envpool is for atari")
+    needs = [("stable-baselines3", "stable_baselines3", {"sb3"}), ("envpool", "envpool", {"envpool"})]
+    needs += [("opencv-python-headless", "cv2", {"sb3", "cleanrl"})] * atari
+    for package, module, of in needs:
+        if peers & of and not importlib.util.find_spec(module):
+            parser.error(f"--peer {' '.join(peers & of)} needs `pip install {package}`")
     if options.record and options.record.is_dir():
         parser.error(f"--record {options.record} is a folder")
     if options.turns < 1 or options.iterations < 4 or min(options.buffer or [1]) < 1:
@@ -384,9 +426,10 @@ def main() -> None:
         "seed": args.seed,
         "threads": threads(trainer, args),
     }
-    if "sb3" in options.peer:
-        record["versions"]["stable-baselines3"] = importlib.metadata.version("stable-baselines3")
-    if "cleanrl" in options.peer:
+    for peer, package in (("sb3", "stable-baselines3"), ("envpool", "envpool")):
+        if peer in peers:
+            record["versions"][package] = importlib.metadata.version(package)
+    if options.cleanrl:
         record["versions"]["cleanrl"] = commit(options.cleanrl)
     print(f"ppo_clip_{options.trainer}.py, {args.env_id}, {record['hardware']}", flush=True)
     tag = options.tag or ("buffer" if options.buffer else None)
