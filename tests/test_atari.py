@@ -140,6 +140,25 @@ def test_truncation_bootstraps_the_final_observation(atari):
     torch.testing.assert_close(advantages[1], 1 + 0.5 * v_final - rollout.values[1])
 
 
+def test_a_game_of_a_later_group_is_bootstrapped_from_its_own_final_observation(atari):
+    step, cut = (1, False, False, False), (1, False, True, True)
+    groups = [ScriptedGame(atari.STACK, [step] * 3), ScriptedGame(atari.STACK, [step, cut, step])]
+    agent, args = atari.Agent(groups[0]), tiny(atari, num_steps=3, num_minibatches=1)
+    episodes, rollout = atari.Episodes(groups, np.arange(2)), atari.Rollout(args, groups[0], CPU)
+    atari.collect(agent, episodes, rollout, args)
+    final = torch.arange(4 - atari.STACK, 4).clamp(min=0).to(torch.uint8)[None, :, None, None].expand(1, -1, 84, 84)
+    with torch.no_grad():
+        torch.testing.assert_close(rollout.final_values[1, 1:], agent(final)[1])
+    assert rollout.final_values.count_nonzero() == 1
+
+
+def test_a_resumed_game_is_counted_from_its_own_first_frame(atari):
+    episodes = atari.Episodes([ScriptedGame(atari.STACK, [])], np.array([0]))
+    episodes.frame_number[:] = 1000  # far into a game
+    episodes.load_state_dict(episodes.state_dict())
+    assert not episodes.add(0, np.ones(1), np.array([8])).any()  # its second frame ends nothing
+
+
 def test_rewards_are_clipped_and_scores_are_not(atari):
     _, episodes, rollout = play(atari, [(reward, False, False, False) for reward in (-7, -1, 0, 8)])
     assert rollout.rewards[:, 0].tolist() == [-1, -1, 0, 1] and episodes.returns.tolist() == [0.0]
@@ -293,6 +312,27 @@ def test_pixels_are_normalised_by_what_the_run_saw(atari, tmp_path, monkeypatch)
     with torch.no_grad():
         for output, expected in zip(agent(obs), plain(torch.from_numpy(pixels).float())):  # logits, values
             torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_normalised_pixels_are_clipped_on_both_sides(atari):
+    agent, plain = (atari.Agent(ScriptedGame(atari.STACK, [])) for _ in "ab")
+    plain.load_state_dict(agent.state_dict())
+    for one, mean in ((agent, 100.0), (plain, 0.0)):
+        one.obs_stats.mean.fill_(mean)
+        one.obs_stats.var.fill_(1.0)
+    obs = torch.tensor([0, 94, 96, 105, 107, 255], dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, atari.STACK, 84, 84)
+    with torch.no_grad():
+        for output, expected in zip(agent(obs), plain((obs.float() - 100).clamp(-5, 5))):
+            torch.testing.assert_close(output, expected)
+
+
+def test_the_heads_never_compute_in_bfloat16(atari):
+    agent, dtypes = atari.Agent(ScriptedGame(atari.STACK, [])), []
+    agent.bf16 = True
+    for layer in (agent.encoder, agent.policy_head, agent.value_head):
+        layer.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+    agent(torch.zeros(2, atari.STACK, 84, 84, dtype=torch.uint8))
+    assert dtypes == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_without_norm_obs_pixels_are_divided_by_255(atari, tmp_path):

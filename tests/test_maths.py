@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TRAINERS
+from conftest import TRAINERS, load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,6 +135,7 @@ def test_normalised_advantages(trainer):
     rows = torch.tensor([[1.0, -2.0, -1.0, 3.0], [0.0, 0.0, 0.0, 8.0]], dtype=torch.float64)
     expected = torch.stack([(rows[0] - 0.25) / math.sqrt(14.75 / 3), (rows[1] - 2) / 4])
     torch.testing.assert_close(trainer.normalise(rows), expected)
+    assert torch.equal(trainer.normalise(torch.full((1, 4), 3.0)), torch.zeros(1, 4))  # no division by 0
 
 
 @pytest.mark.parametrize("norm_adv", [False, True])
@@ -186,6 +187,15 @@ def test_gradient_is_clipped_by_its_norm_over_all_parameters(trainer):
     before = [p.clone() for p in ours.parameters()]
     optimizer.descend(ours(x).square().sum())
     assert all(torch.equal(p, q) for p, q in zip(ours.parameters(), before))
+
+
+def test_one_gradient_that_is_not_finite_stops_the_rest_of_the_update(trainer):
+    model, x = torch.nn.Linear(2, 1), torch.ones(3, 2)
+    optimizer = trainer.ClippedAdam(model, trainer.Args())
+    optimizer.descend(math.nan * model(x).sum())
+    before = optimizer.weights.clone()
+    optimizer.descend(model(x).sum())
+    assert optimizer.found_inf == 1 and torch.equal(optimizer.weights, before)
 
 
 @pytest.mark.parametrize("clip_vloss", [False, True])
@@ -240,7 +250,64 @@ def test_sample_follows_the_policy(trainer):
     torch.testing.assert_close(frequencies, probs, atol=0.015, rtol=0)  # more than four standard deviations
 
 
-# The network's first weights
+def test_sampling_by_a_generator_leaves_the_global_one(trainer):
+    logits, state = torch.zeros(100, 4), torch.get_rng_state()
+    one, again = (trainer.sample(logits, torch.Generator().manual_seed(5)) for _ in "ab")
+    assert torch.equal(one, again) and torch.equal(torch.get_rng_state(), state)
+
+
+# The network, and what the seed decides
+
+
+@pytest.mark.parametrize("path", TRAINERS, ids=lambda path: path.stem)
+def test_layers_have_a_nonlinearity_between_them_and_both_heads_train_them(path):
+    """Of the network as it is here, which a variant may change."""
+    if not path.exists():
+        pytest.skip("needs both trainers")
+    trainer = load(path)
+    envs = trainer.make_envs(trainer.Args(), 1)
+    agent, space = trainer.Agent(envs), envs.single_observation_space
+    weighted = [hasattr(layer, "weight") for layer in agent.encoder if not isinstance(layer, torch.nn.Flatten)]
+    assert weighted == [True, False] * (len(weighted) // 2)
+    obs = trainer.to_tensor(np.ones((1, *space.shape), space.dtype), torch.device("cpu"))
+    for output in agent(obs):  # logits, values
+        (grad,) = torch.autograd.grad(output.flatten()[0], agent.encoder[0].weight, retain_graph=True)
+        assert grad.any()
+
+
+def test_the_seed_decides_the_network_the_environments_and_the_random_numbers(trainer, tmp_path, monkeypatch):
+    """Each by itself; and no evaluation shares an environment's seed with any training."""
+    seen, episodes = [], trainer.Episodes
+
+    def begin(envs, seeds):
+        seen.append({"environments": torch.from_numpy(seeds.astype(np.int64))})
+        return episodes(envs, seeds)
+
+    def collect(agent, *_):
+        seen[-1] |= {"network": next(agent.parameters()).clone(), "random numbers": torch.get_rng_state()}
+        trainer.fail("enough", code=7)
+
+    monkeypatch.setattr(trainer, "Episodes", begin)
+    monkeypatch.setattr(trainer, "collect", collect)
+    for seed in (1, 2):
+        with pytest.raises(SystemExit, match="7"):
+            trainer.train(trainer.Args(seed=seed, num_envs=4, cuda=False, run_dir=str(tmp_path / str(seed))))
+    one, two = seen
+    assert [name for name in one if torch.equal(one[name], two[name])] == []
+    seeds = np.concatenate([trainer.env_seeds(seed, stream, 64) for seed in (1, 2, 3) for stream in (0, 1, 2)])
+    assert len(set(seeds)) == len(seeds)
+
+
+@pytest.mark.parametrize("target, given, first", [(None, 0.2, 0.2), (0.5, 0.0, 0.01), (0.5, 0.2, 0.2), (0.5, 5.0, 0.5)])
+def test_the_first_entropy_weight(trainer, tmp_path, monkeypatch, target, given, first):
+    """`ent_coef` as it is, under a target within bounds."""
+    seen = []
+    monkeypatch.setattr(trainer, "update", lambda *inputs: seen.append(inputs[5]) or trainer.fail("enough", code=7))
+    sizes = {"num_envs": 2, "num_steps": 4, "num_minibatches": 1, "total_timesteps": 8}
+    args = trainer.Args(target_entropy=target, ent_coef=given, cuda=False, run_dir=str(tmp_path / "run"), **sizes)
+    with pytest.raises(SystemExit, match="7"):
+        trainer.train(args)
+    assert seen == [first]
 
 
 def test_weights_begin_orthogonal_with_their_layers_gains(trainer):

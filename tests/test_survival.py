@@ -194,6 +194,15 @@ def test_a_resumed_run_tells_the_speed_of_this_start(discrete, tmp_path, capsys)
     assert report.timed[0] == 3 * 2048 and report.timed[1] > 1e6
 
 
+def test_scores_and_lengths_are_told_apart(discrete, tmp_path):
+    report = discrete.Report(discrete.Args(), tmp_path, 0, [0, 0.0], [])
+    report.iteration(128, {}, {}, [(50.0, 3), (70.0, 5)])
+    report.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    names = ("episodic_return", "episodic_length", "episodic_return_100")
+    assert [events.Scalars(f"charts/{name}")[0].value for name in names] == [60.0, 4.0, 60.0]
+
+
 def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, monkeypatch, capsys):
     flags = f"{SMALL[ATARI]} --update-epochs 2 --target-entropy 1 --final-temperature 0.25 --total-timesteps 96"
     flags += f" --run-dir {tmp_path / 'run'}"
