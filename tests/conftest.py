@@ -27,6 +27,12 @@ def load(path: Path | str) -> ModuleType:
     return module
 
 
+def small(trainer: ModuleType, run_dir: Path, **changes):
+    """Arguments of a run of five short iterations."""
+    sizes = {"num_envs": 4, "num_steps": 8, "num_minibatches": 2, "update_epochs": 1, "total_timesteps": 160}
+    return trainer.Args(**({"cuda": False, "eval_episodes": 0, "run_dir": str(run_dir)} | sizes | changes))
+
+
 class Payload:
     """Unpickled as it stands, it makes a folder at `path`."""
 

@@ -24,7 +24,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from conftest import Payload, load
+from conftest import Payload, load, small
 
 ROOT = Path(__file__).parent.parent
 FILES = ("policy.onnx", "policy.torchscript.pt", "policy.json")
@@ -46,6 +46,11 @@ def export(*arguments):
         except SystemExit as stop:
             code = stop.code
     return SimpleNamespace(returncode=code, stderr=errors.getvalue())
+
+
+@pytest.fixture(scope="module")
+def exporter():
+    return load(ROOT / "export_policy.py")
 
 
 @pytest.fixture(scope="module")
@@ -335,6 +340,192 @@ def test_int8_that_changes_actions_warns(exported, tmp_path, monkeypatch, capsys
     assert cost["action_agreement"] == 1 - changed / 640
     assert ("warning: policy.int8.onnx" in capsys.readouterr().err) == (changed > 32)
     assert cost["verdict"] == ("under 95 %" if changed > 32 else "at least 95 %")
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_relative_error_above_the_tolerance_is_found(exporter, place):
+    """1e-4 of the output and 1e-5 of the rows' size."""
+
+    def off_by(error):
+        def run(obs):
+            outputs = [np.tile([15.0, -15.0], (len(obs), 1)), np.full(len(obs), 15.0), np.zeros(len(obs))]
+            outputs[place] = outputs[place] * (1 + error)
+            return outputs
+
+        return run
+
+    rows = np.zeros((256, 1), np.float32)
+    exporter.check_parity(off_by(0), {"file": off_by(5e-5)}, [rows], None)
+    with pytest.raises(SystemExit, match="1"):
+        exporter.check_parity(off_by(0), {"file": off_by(3e-4)}, [rows], None)
+
+
+@pytest.mark.parametrize("gap, right", [(1e-4, True), (5e-4, False)])
+def test_only_scores_within_the_tolerance_are_a_tie(exporter, gap, right):
+    def choose(which):
+        return lambda obs: [np.tile([1.0, 1.0 - gap], (len(obs), 1)), np.zeros(len(obs)), np.full(len(obs), which)]
+
+    try:
+        exporter.check_parity(choose(0), {"file": choose(1)}, [np.zeros((256, 1), np.float32)], None)
+        passed = True
+    except SystemExit:
+        passed = False
+    assert passed == right
+
+
+def test_probes_begin_with_play_and_zeros(exporter):
+    obs = np.random.default_rng(1).normal(size=(512, 3)).astype(np.float32)
+    play, zeros, extremes, spread = exporter.probes(obs, gym.spaces.Box(-9, 9, (3,)))
+    assert np.array_equal(play, obs[:256]) and not zeros.any()
+    assert zeros.shape == extremes.shape == spread.shape == (256, 3)
+    assert len(np.unique(spread)) > 700 and set(np.unique(extremes)) == {-9, 9}
+    assert all(exporter.BATCHES[-1] == len(rows) for rows in (play, zeros, extremes, spread))
+
+
+def test_observations_of_play_are_kept_as_they_were(exporter):
+    """Environments give the same array again and again, and a network may normalise in place."""
+    given, played = [], []
+
+    class Envs:
+        obs = np.zeros((16, 2), np.float32)
+
+        def observe(self):
+            self.obs[:] = np.random.default_rng(len(given)).normal(size=(16, 2))
+            given.append(self.obs.copy())
+            return self.obs
+
+        def reset(self, seed):
+            return self.observe(), {}
+
+        def step(self, actions):
+            played.extend(actions.tolist())
+            return self.observe(), None, None, None, {}
+
+        def close(self):
+            pass
+
+    def agent(obs):
+        obs.zero_()
+        return torch.tensor([[0.0, 1.0, -np.inf]]).expand(len(obs), 3), obs[:, 0]
+
+    trainer = SimpleNamespace(make_envs=lambda args, n: Envs(), to_tensor=lambda obs, _: torch.as_tensor(obs))
+    rows = exporter.rollout(trainer, agent, None, 1000)
+    assert np.array_equal(rows.numpy(), np.concatenate(given)[:1000])
+    assert np.bincount(played, minlength=3)[2] == 0
+    assert np.mean(played) == pytest.approx(np.e / (1 + np.e), abs=0.05)  # sampled
+
+
+def test_an_evaluation_plays_the_files_action_and_not_its_logits(exporter):
+    actions = np.array([2, 0, 1])
+
+    def runtime(obs):
+        return [np.float32([[9, 0, 0], [0, 9, 0], [0, 0, 9]]), np.float32([4, 5, 6]), actions]
+
+    trainer = SimpleNamespace(evaluate=lambda agent, *_: [agent(torch.zeros(3, 4))])
+    ((logits, value),) = exporter.play(trainer, None, runtime, 3, 3, False)
+    torch.testing.assert_close(logits.softmax(-1), torch.eye(3)[torch.from_numpy(actions)])
+    assert value.tolist() == [4, 5, 6]
+
+
+def test_a_score_of_a_later_policy_is_not_this_ones(exporter, tmp_path):
+    """As where the newest checkpoint is damaged and the one before is exported."""
+    result = {"eval_return_mean": 5.0, "eval_return_std": 1.0, "eval_episodes": 3, "global_step": 100}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    none = {"eval_return_mean": None, "eval_return_std": None, "eval_episodes": None, "actions": "sampled"}
+    assert [exporter.load_score(tmp_path, step) == none for step in (50, 100, 150)] == [True, False, True]
+    del result["global_step"]
+    assert exporter.load_score(tmp_path, 100) == result | {"actions": "sampled"}
+
+
+def test_units_and_mode_are_told_as_they_are(exporter, tmp_path):
+    state = {"global_step": 1, "agent": {"return_stats.var": torch.tensor(4.0)}}
+    args = SimpleNamespace(env_id="x", seed=7, gamma=0.9, stickiness=0.5, episodic_life=False, norm_reward=False)
+    actions = SimpleNamespace(get_action_set=lambda: [SimpleNamespace(name="NOOP")])
+    space = SimpleNamespace(shape=(4, 84, 84))
+    atari = SimpleNamespace(ale=actions, single_observation_space=space)
+    about = exporter.describe(tmp_path, args, {}, state, "", atari)
+    assert about["value_units"] == "discounted sum of rewards, each clipped to [-1, 1]"
+    assert about["seed"] == 7 and about["gamma"] == 0.9
+    discrete = SimpleNamespace(single_action_space=SimpleNamespace(n=2))
+    assert exporter.describe(tmp_path, args, {}, state, "", discrete)["value_units"] == "discounted sum of rewards"
+    args.norm_reward = True
+    assert "each divided by 2, " in exporter.describe(tmp_path, args, {}, state, "", discrete)["value_units"]
+    for stochastic, mode, names in ((False, "greedy", ["obs"]), (True, "stochastic", ["obs", "uniform"])):
+        graph = exporter.describe_graph(torch.zeros(2, 4), 2, stochastic)
+        assert graph["outputs"][2]["mode"] == mode and [x["name"] for x in graph["inputs"]] == names
+
+
+def test_what_trained_the_policy_is_told_and_not_what_exports_it(exporter, tmp_path):
+    discrete = SimpleNamespace(single_action_space=SimpleNamespace(n=2))
+    args = SimpleNamespace(env_id="x", seed=7, gamma=0.9)
+    versions = {"python": "3.10", "torch": "2.6"}
+    about = exporter.describe(tmp_path, args, {"versions": versions}, {"global_step": 1}, "abc", discrete)
+    assert about["trained_with"] == versions and about["checkpoint_sha256"] == "abc"
+
+
+def test_an_atari_games_own_actions_are_named(exporter):
+    atari = load(ROOT / "ppo_clip_atari.py")
+    envs = atari.make_envs(atari.Args(env_id="ALE/Pong-v5"), 1)
+    names = ["NOOP", "FIRE", "RIGHT", "LEFT", "RIGHTFIRE", "LEFTFIRE"]
+    assert exporter.describe_actions(envs) == {"first_action": 0, "action_meanings": names}
+
+
+def test_all_that_is_said_of_int8_is_of_that_file(exporter, tmp_path, monkeypatch):
+    """Here its file always pushes to the left."""
+    discrete = load(ROOT / "ppo_clip_discrete.py")
+    args = small(discrete, tmp_path / "run")
+    torch.manual_seed(1)
+    agent = discrete.Agent(discrete.make_envs(args, 1))
+    agent.policy_head.weight.data.mul_(100)
+    run_dir = discrete.open_run(args)
+    discrete.save_checkpoint(run_dir, {"agent": agent.state_dict(), "global_step": 160})
+    load_runtime, rows = exporter.load_runtime, []
+
+    def left(path, threads=1):
+        runtime = load_runtime(path, threads)
+        if path.name != exporter.INT8:
+            return runtime
+
+        def run(*arrays):
+            rows.append(len(arrays[0]))
+            logits, value, action = runtime(*arrays)
+            return [logits, value, np.zeros_like(action)]
+
+        return run
+
+    monkeypatch.setattr(exporter, "load_runtime", left)
+    whole = exporter.Args(run=str(run_dir), formats=("onnx",), quantize="int8", evaluate=3)
+    exporter.export(whole)
+    about = json.loads((run_dir / "policy.json").read_text())
+    session = onnxruntime.InferenceSession(run_dir / "policy.onnx")
+    assert rows[0] == about["int8"]["observations"] == 10_000
+    assert about["int8"]["action_agreement"] < 0.9
+    assert 3 in rows[1:] and max(about["evaluation"]["policy.int8.onnx"]["scores"]) < 12  # it played the games
+    metadata = [
+        {p.key: p.value for p in onnx.load(run_dir / name).metadata_props} for name in ("policy.onnx", exporter.INT8)
+    ]
+    assert metadata[1] == metadata[0] | {"int8": json.dumps(about["int8"])}
+    # and the file is the checkpoint's network
+    obs = np.random.default_rng(1).normal(size=(9, 4)).astype(np.float32)
+    with torch.no_grad():
+        logits, value = agent(torch.from_numpy(obs))
+    its_logits, its_value, action = session.run(None, {"obs": obs})
+    np.testing.assert_allclose(its_logits, logits, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(its_value, value, rtol=1e-4, atol=1e-4)
+    assert np.array_equal(action, logits.argmax(-1))
+
+
+def test_onnx_runtime_gets_its_threads(exporter, monkeypatch):
+    given = []
+
+    def session(path, options, providers):
+        given.append(options.intra_op_num_threads)
+        return SimpleNamespace(get_inputs=list)
+
+    monkeypatch.setattr(exporter.onnxruntime, "InferenceSession", session)
+    exporter.load_runtime(Path("x.onnx"), 3)
+    exporter.load_runtime(Path("x.onnx"))
+    assert given == [3, 1]
 
 
 def test_metadata_is_in_the_model(run_dir, exported):
@@ -726,6 +917,44 @@ def assert_client_agrees(output, exported):
     np.testing.assert_array_equal(rows[:, 0], action)
     np.testing.assert_allclose(rows[:, 1], value, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(rows[:, 2:], logits, rtol=1e-4, atol=1e-5)
+
+
+ONE_OR_TWO = """
+import gymnasium as gym
+import numpy as np
+
+
+class OneOrTwo(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1, (2,), np.float32), gym.spaces.Discrete(2, start=1)
+
+    def reset(self, *, seed=None, options=None):
+        self.k = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.k += 1
+        return np.zeros(2, np.float32), float(action), self.k == 4, False, {}
+
+
+gym.register("OneOrTwo-v0", OneOrTwo)
+"""
+
+
+def test_the_python_client_counts_actions_from_the_environments_first(exporter, tmp_path, monkeypatch):
+    (tmp_path / "one_or_two.py").write_text(ONE_OR_TWO)
+    monkeypatch.syspath_prepend(tmp_path)
+    discrete = load(ROOT / "ppo_clip_discrete.py")
+    args = small(discrete, tmp_path / "run", env_id="one_or_two:OneOrTwo-v0")
+    agent = discrete.Agent(discrete.make_envs(args, 1))
+    agent.policy_head.bias.data.copy_(torch.tensor([-9.0, 9.0]))  # its second action, the environment's 2
+    run_dir = discrete.open_run(args)
+    discrete.save_checkpoint(run_dir, {"agent": agent.state_dict(), "global_step": 160})
+    exporter.export(exporter.Args(run=str(run_dir), formats=("onnx",)))
+    client = ROOT / "tests" / "clients" / "play.py"
+    command = [sys.executable, str(client), str(run_dir / "policy.onnx"), args.env_id, "2"]
+    environ = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=200)
+    assert done.stdout == "mean return 8.0\n", done.stderr
 
 
 def numbers():

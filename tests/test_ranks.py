@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, load, small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 DISCRETE, ATARI = ROOT / "ppo_clip_discrete.py", ROOT / "ppo_clip_atari.py"
@@ -95,6 +95,73 @@ def test_ranks_share_no_environment_seed_and_no_random_numbers(tmp_path):
     assert seeds == load(ATARI).env_seeds(1, 0, 4).tolist()  # those of one process
     one, other = state["random"]
     assert not torch.equal(one["torch"], other["torch"]) and not torch.equal(one["numpy"][1], other["numpy"][1])
+
+
+# One of two ranks in this process, whose collectives give what the other would
+
+
+def test_the_digest_is_of_parameters_and_statistics(trainer):
+    agent = trainer.Agent(trainer.make_envs(trainer.Args(), 1))
+    digests = {trainer.digest(agent)}
+    for value in agent.state_dict().values():
+        value.add_(1)
+        digests.add(trainer.digest(agent))
+    assert len(digests) == 1 + len(agent.state_dict())
+
+
+def test_each_rank_resumes_its_own_environments_and_random_numbers(trainer, tmp_path, monkeypatch):
+    seen = {}
+
+    def first_collect(agent, episodes, *_):
+        seen.update(states=episodes.state_dict(), random=torch.get_rng_state())
+        trainer.fail("enough", code=7)
+
+    trainer.train(small(trainer, tmp_path / "run"))
+    state = checkpoint(tmp_path / "run")
+    others = state["random"][0] | {"torch": torch.Generator().manual_seed(5).get_state()}
+    trainer.save_checkpoint(tmp_path / "run", state | {"random": [*state["random"], others]})
+    monkeypatch.setattr(trainer, "collect", first_collect)
+    monkeypatch.setattr(sys, "argv", [trainer.__file__, "--resume", str(tmp_path / "run"), "--total-timesteps", "192"])
+    for rank, world in ((0, 2), (1, 2), (0, 1)):
+        monkeypatch.setattr(trainer, "ranks", lambda place=(rank, world): place)
+        monkeypatch.setattr(trainer, "from_rank_0", lambda function: function())
+        with pytest.raises(SystemExit, match="7"):
+            trainer.train(trainer.parse_args())
+        mine = state["episodes"][2 * rank :][: 4 // world]
+        if "obs" in mine[0]:
+            assert all(torch.equal(s["obs"], m["obs"]) for s, m in zip(seen["states"], mine, strict=True))
+        else:
+            follow = [int(trainer.env_seeds(episode["seed"], 0, 1)[0]) for episode in mine]
+            assert [s["seed"] for s in seen["states"]] == follow
+        saved = [state["random"][0]["torch"], others["torch"]]
+        assert [torch.equal(seen["random"], x) for x in saved] == [world == 2 and rank == n for n in (0, 1)]
+
+
+def test_rank_0_saves_what_all_ranks_saw(trainer, tmp_path, monkeypatch):
+    signals = []
+    told = {"digest": None}
+
+    def gather(value):
+        if value is signals:
+            return [value, []]
+        if isinstance(value, list):  # the games that ended
+            return [value, [(7.0, 3)]]
+        digest, episodes, random = value
+        return [value, (told["digest"] or digest, ["other"] * len(episodes), random | {"cuda": torch.ones(1)})]
+
+    monkeypatch.setattr(trainer, "ranks", lambda: (0, 2))
+    monkeypatch.setattr(trainer, "catch_signals", lambda: signals)
+    monkeypatch.setattr(trainer, "gather", gather)
+    trainer.train(small(trainer, tmp_path / "run", total_timesteps=32))
+    state = checkpoint(tmp_path / "run")
+    assert 7.0 in state["recent"]
+    assert len(state["episodes"]) == 4 and state["episodes"][2:] == ["other"] * 2
+    assert [random["cuda"] is None for random in state["random"]] == [True, False]
+    del signals[:]
+    told["digest"] = "another"
+    with pytest.raises(SystemExit, match="1"):
+        trainer.train(small(trainer, tmp_path / "differs", total_timesteps=32))
+    assert not (tmp_path / "differs" / "checkpoint.pt").exists()
 
 
 # Runs

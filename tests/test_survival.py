@@ -1,5 +1,6 @@
 """Killed processes, damaged files, full disks and wild command lines: a run ends in one line and loses nothing."""
 
+import dataclasses
 import errno
 import hashlib
 import io
@@ -24,7 +25,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Payload, load
+from conftest import ROOT, Payload, load, small
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -201,6 +202,153 @@ def test_scores_and_lengths_are_told_apart(discrete, tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     names = ("episodic_return", "episodic_length", "episodic_return_100")
     assert [events.Scalars(f"charts/{name}")[0].value for name in names] == [60.0, 4.0, 60.0]
+
+
+def test_a_file_is_on_the_disk_before_its_name_and_its_name_before_the_return(trainer, tmp_path, monkeypatch):
+    """The file with all its bytes, then the rename, then the folder that holds the name."""
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(descriptor):
+        status = os.fstat(descriptor)
+        events.append("folder" if stat.S_ISDIR(status.st_mode) else status.st_size)
+        if stat.S_ISDIR(status.st_mode):
+            assert os.path.samestat(status, os.stat(tmp_path / "run"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", lambda old, new: events.append(Path(new).name) or replace(old, new))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "file").write_bytes(b"earlier")
+    trainer.write_file(tmp_path / "run" / "file", b"content", tmp_path / "run" / "kept")
+    assert events == [7, "kept", "file", "folder"]
+
+
+def test_a_signal_that_torchrun_forwards_does_not_count_twice(trainer, monkeypatch):
+    def end(code):
+        raise InterruptedError(code)
+
+    now = [1000.0]
+    monkeypatch.setattr(trainer.os, "_exit", end)
+    monkeypatch.setattr(trainer.time, "time", lambda: now[0])
+    caught = trainer.catch_signals()
+    os.kill(os.getpid(), signal.SIGINT)
+    now[0] += 0.4
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert caught == [signal.SIGINT, signal.SIGTERM]
+    now[0] += 0.2  # 0.6 seconds after the first
+    with pytest.raises(InterruptedError, match="130"):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+
+def test_a_resumed_run_takes_no_other_arguments(trainer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "args.json").write_text(json.dumps({"args": dataclasses.asdict(trainer.Args())}))
+
+    def resume(**changes):
+        parsed = iter([{"resume": str(tmp_path)}, changes])
+        monkeypatch.setattr(trainer, "cli", lambda default: dataclasses.replace(default, **next(parsed)))
+        return trainer.parse_args()
+
+    def other(value):
+        if isinstance(value, bool):
+            return not value
+        return 0.5 if value is None else value + ("x" if isinstance(value, str) else 1)
+
+    changes = {name: other(value) for name, value in vars(trainer.Args()).items() if name != "resume"}
+    free = {name: changes.pop(name) for name in ("cuda", "eval_episodes", "capture_video", "total_timesteps")}
+    for name, value in free.items():
+        assert getattr(resume(**{name: value}), name) == value
+    for name, value in (changes | {"total_timesteps": trainer.Args().total_timesteps - 1}).items():
+        with pytest.raises(SystemExit, match="2"):
+            resume(**{name: value})
+        assert f"--{name.replace('_', '-')} {value} contradicts the run's" in capsys.readouterr().err
+
+
+def test_a_resumed_run_is_checked_too(trainer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "args.json").write_text(json.dumps({"args": dataclasses.asdict(trainer.Args())}))
+    monkeypatch.setattr(sys, "argv", ["trainer", "--resume", str(tmp_path), "--eval-episodes", "-1"])
+    with pytest.raises(SystemExit, match="2"):
+        trainer.parse_args()
+    assert capsys.readouterr().err == "error: --eval-episodes must be 0 or more\n"
+
+
+def test_checkpoints_come_at_their_interval_and_hold_the_time(trainer, tmp_path, monkeypatch):
+    """Training time without each start's first two iterations, and the wall time, both over all starts."""
+    saved, save = [], trainer.save_checkpoint
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda folder, state: saved.append(state) or save(folder, state))
+    args = small(trainer, tmp_path / "run", checkpoint_interval=2)
+    began = time.time()
+    trainer.train(args)
+    assert [state["iteration"] for state in saved] == [2, 4, 5]
+    assert [state["timed"][0] for state in saved] == [0, 2 * 32, 3 * 32]
+    assert 0 < saved[2]["timed"][1] < saved[2]["seconds"] < time.time() - began
+    monkeypatch.setattr(sys, "argv", [trainer.__file__, "--resume", args.run_dir, "--total-timesteps", "256"])
+    trainer.train(trainer.parse_args())
+    assert [state["iteration"] for state in saved[3:]] == [6, 8]
+    assert [state["timed"][0] for state in saved[3:]] == [3 * 32, 4 * 32]
+    first, last = saved[2], saved[-1]
+    assert first["timed"][1] < last["timed"][1] < last["seconds"] < time.time() - began
+    assert first["seconds"] < last["seconds"]
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["sps"] == pytest.approx(last["timed"][0] / last["timed"][1])
+
+
+def test_the_result_is_of_the_evaluation(trainer, tmp_path, monkeypatch):
+    def finish(**changes):
+        args = trainer.Args(seed=7, total_timesteps=20_000, **changes)
+        trainer.finish(None, args, tmp_path, torch.device("cpu"), time.time() - 50, report)
+        return json.loads((tmp_path / "result.json").read_text()), args
+
+    report = SimpleNamespace(timed=[3000, 2.0])
+    monkeypatch.setattr(trainer, "evaluate", lambda agent, args, episodes, device: [1.0, 2.0, 6.0][:episodes])
+    result, args = finish(eval_episodes=3)
+    assert result["eval_return_mean"] == 3 and result["eval_return_std"] == pytest.approx(np.sqrt(14 / 3))
+    assert result["eval_episodes"] == 3 and result["sps"] == 1500 and 50 <= result["wall_seconds"] < 60
+    assert result["seed"] == 7 and result["env_id"] == args.env_id
+    assert result["global_step"] == 20_000 // args.batch_size * args.batch_size
+    report.timed = [0, 0.0]
+    result, _ = finish(eval_episodes=0)
+    assert result["eval_return_mean"] is result["eval_return_std"] is result["sps"] is None
+    assert result["eval_episodes"] == 0
+
+
+def test_the_last_hundred_scores_are_averaged(trainer, tmp_path):
+    report = trainer.Report(trainer.Args(), tmp_path, 0, [0, 0.0], [1e6] * 3 + [1.0] * 60)
+    report.iteration(128, {}, {}, [(2.0, 1)] * 40)
+    report.close()
+    (event,) = EventAccumulator(str(tmp_path)).Reload().Scalars("charts/episodic_return_100")
+    assert event.value == pytest.approx((60 * 1 + 40 * 2) / 100)
+    assert len(report.recent) == 100
+
+
+def test_every_start_and_every_source_of_a_run_is_kept(trainer, tmp_path, monkeypatch):
+    run_dir = trainer.open_run(small(trainer, tmp_path / "run"))
+    for number in (1, 2):
+        monkeypatch.setattr(trainer, "SOURCE", b"# source %d" % number)
+        monkeypatch.setattr(sys, "argv", ["start", str(number)])
+        trainer.open_run(small(trainer, None, resume=str(run_dir)))
+    record = json.loads((run_dir / "args.json").read_text())
+    assert len(record["earlier_starts"]) == 2 and record["earlier_starts"][1]["command"] == ["start", "1"]
+    stem = Path(trainer.__file__).stem
+    assert (run_dir / f"{stem}.1.py").read_bytes() == Path(trainer.__file__).read_bytes()
+    assert (run_dir / f"{stem}.2.py").read_bytes() == b"# source 1"
+    assert (run_dir / f"{stem}.py").read_bytes() == b"# source 2"
+
+
+@pytest.mark.parametrize("path", [DISCRETE, ATARI], ids=lambda path: path.stem)
+def test_the_commit_is_the_scripts(path, tmp_path, monkeypatch):
+    """Not that of the folder where it is started."""
+    for name in ("script", "elsewhere"):
+        git = ["git", "-C", str(tmp_path / name), "-c", "user.name=x", "-c", "user.email=x"]
+        subprocess.run(["git", "init", "-q", str(tmp_path / name)], check=True)
+        subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", name], check=True)
+    (tmp_path / "script" / path.name).write_bytes(path.read_bytes())
+    trainer = load(tmp_path / "script" / path.name)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run_dir = trainer.open_run(small(trainer, tmp_path / "run"))
+    git = ["git", "-C", str(tmp_path / "script"), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    assert json.loads((run_dir / "args.json").read_text())["commit"] == commit
 
 
 def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, monkeypatch, capsys):
