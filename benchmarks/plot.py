@@ -49,6 +49,7 @@ LEARNING = {
         ("PongNoFrameskip-v4_10M", "Pong", 20.4),
         ("BreakoutNoFrameskip-v4", "Breakout", 430),
         ("BeamRiderNoFrameskip-v4", "BeamRider", 2478),
+        ("QbertNoFrameskip-v4", "Qbert", 17246),
     ],
 }
 
