@@ -87,7 +87,7 @@ def main() -> None:
         parser.error("--batches must be at least 3, for the jackknife, and --num-steps at least 1")
 
     trainer = load(ROOT / "ppo_clip_atari.py")
-    there = (options.run / "checkpoint.pt").exists()
+    there = any(options.run.glob("checkpoint*.pt"))
     state = trainer.load_checkpoint(trainer.lock_run_dir(options.run)) if there else None  # not while it is trained
     if state is None or not state["args"].keys() <= vars(trainer.Args()).keys():
         parser.error(f"{options.run} holds no checkpoint of ppo_clip_atari.py")

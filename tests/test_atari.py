@@ -112,6 +112,11 @@ def play(atari, script):
     return agent, episodes, rollout
 
 
+def third_stack(atari):
+    """What a scripted game shows with its third frame."""
+    return torch.arange(4 - atari.STACK, 4).clamp(min=0).to(torch.uint8)[None, :, None, None].expand(1, -1, 84, 84)
+
+
 def test_life_loss_ends_the_bootstrap_and_not_the_game(atari):
     step, life, over = (1, False, False, False), (0, True, False, False), (7, True, False, True)
     _, episodes, rollout = play(atari, [step, life, step, over, step, over, step])
@@ -127,9 +132,8 @@ def test_truncation_bootstraps_the_final_observation(atari):
     step, cut = (1, False, False, False), (1, False, True, True)
     agent, episodes, rollout = play(atari, [step, cut, step])
     assert episodes.take_ended() == [(2.0, 2)]
-    final = torch.arange(4 - atari.STACK, 4).clamp(min=0).to(torch.uint8)[None, :, None, None].expand(1, -1, 84, 84)
     with torch.no_grad():
-        v_final = agent(final)[1]
+        v_final = agent(third_stack(atari))[1]
     torch.testing.assert_close(rollout.final_values[1], v_final)
     assert rollout.final_values[[0, 2]].abs().sum() == 0
     # the frame after the cut is the new game's: no transition joins the two games
@@ -146,9 +150,8 @@ def test_a_game_of_a_later_group_is_bootstrapped_from_its_own_final_observation(
     agent, args = atari.Agent(groups[0]), tiny(atari, num_steps=3, num_minibatches=1)
     episodes, rollout = atari.Episodes(groups, np.arange(2)), atari.Rollout(args, groups[0], CPU)
     atari.collect(agent, episodes, rollout, args)
-    final = torch.arange(4 - atari.STACK, 4).clamp(min=0).to(torch.uint8)[None, :, None, None].expand(1, -1, 84, 84)
     with torch.no_grad():
-        torch.testing.assert_close(rollout.final_values[1, 1:], agent(final)[1])
+        torch.testing.assert_close(rollout.final_values[1, 1:], agent(third_stack(atari))[1])
     assert rollout.final_values.count_nonzero() == 1
 
 

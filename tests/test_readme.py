@@ -74,6 +74,15 @@ def test_tables_say_what_their_records_say():
     assert checked == 4 * 2 + 6 * 3 + 4 + 5 * 4 + 2 * 2  # vectors, Pong, ten million steps, throughput
 
 
+def test_the_speeds_beside_envpool_are_what_their_records_say():
+    told = re.findall(r"([\d.]+) × (?:as fast )?in\s\[\w+\]\((\S+_envpool\.json)\) \((\d+) and (\d+)", README)
+    assert len(told) == 2
+    for ratio, record, ours, theirs in told:
+        median = json.loads((ROOT / record).read_text())["median"]
+        numbers = (f"{median['trainer_to_envpool']:.2f}", f"{median['trainer']:.0f}", f"{median['envpool']:.0f}")
+        assert numbers == (ratio, ours, theirs)
+
+
 def test_the_speeds_of_the_defaults_are_of_todays():
     """A changed default, even by mistake, asks for new measurements."""
     rows = [record for row, record in tables() if "the defaults" in row.get("what", "") and "settings" in record]
