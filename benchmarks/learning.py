@@ -50,7 +50,9 @@ def hardware() -> str:
     info = Path("/proc/cpuinfo")
     models = re.findall(r"^model name\s*: (.*)$", info.read_text() if info.exists() else "", re.MULTILINE)
     model = models[0] if models else platform.processor() or platform.machine()
-    instructions = torch.backends.cpu.get_cpu_capability() + "-BF16" * torch.cpu._is_avx512_bf16_supported()
+    cpu = torch.cpu.get_capabilities()
+    instructions = torch.backends.cpu.get_cpu_capability()
+    instructions += "-BF16" * cpu.get("avx512_bf16", False) + ", AMX" * cpu.get("amx_bf16", False)
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # under taskset, say
     cores = f"{mine} of {os.cpu_count()}" if mine < os.cpu_count() else os.cpu_count()

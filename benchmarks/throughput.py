@@ -137,7 +137,7 @@ class Parts:
         envs = trainer.make_groups(args, self.device) if atari else [trainer.make_envs(args, args.num_envs)]
         self.agent = trainer.Agent(envs[0]).to(self.device)
         if atari:
-            self.agent.bf16 = args.bf16 and self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+            self.agent.bf16 = args.bf16 and self.device.type == "cpu" and trainer.bf16_is_faster()
         self.rollout = trainer.Rollout(args, envs[0], self.device)
         self.optimizer = trainer.ClippedAdam(self.agent, args)
         seeds = trainer.env_seeds(args.seed, 0, args.num_envs)

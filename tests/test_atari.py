@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import platform
 import signal
 import sys
 import time
@@ -272,8 +273,21 @@ def test_first_minibatch_ratio_is_one(atari, tmp_path, monkeypatch, bf16):
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=2e-2 if bf16 else 1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("bf16, supported", [(True, True), (True, False), (False, True)])
-def test_pixels_are_encoded_in_bfloat16_where_the_cpu_has_it(atari, tmp_path, monkeypatch, bf16, supported):
+AMD, INTEL = ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": name} for name in ("AMD EPYC 9R14", "Intel Xeon"))
+
+
+@pytest.mark.parametrize(
+    "bf16, cpu, dtype",
+    [
+        (True, AMD, torch.bfloat16),
+        (False, AMD, torch.float32),
+        (True, INTEL | {"amx_bf16": True}, torch.bfloat16),
+        (True, INTEL, torch.float32),  # has it, but at half of float32's speed
+        (True, AMD | {"avx512_bf16": False}, torch.float32),
+        (True, {"architecture": "aarch64", "neon": True}, torch.float32),
+    ],
+)
+def test_pixels_are_encoded_in_bfloat16_where_that_is_faster(atari, tmp_path, monkeypatch, bf16, cpu, dtype):
     dtypes, update = set(), atari.update
 
     def spy(agent, *rest):
@@ -281,10 +295,17 @@ def test_pixels_are_encoded_in_bfloat16_where_the_cpu_has_it(atari, tmp_path, mo
         return update(agent, *rest)
 
     monkeypatch.setattr(atari, "update", spy)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: supported)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: cpu)
     args = tiny(atari, total_timesteps=32, bf16=bf16, cuda=False, eval_episodes=0, run_dir=str(tmp_path / "run"))
     atari.train(args)
-    assert dtypes == {torch.bfloat16 if bf16 and supported else torch.float32}
+    assert dtypes == {dtype}
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other CPUs have other capabilities")
+def test_pytorch_still_names_what_bfloat16_depends_on():
+    cpu = torch.cpu.get_capabilities()
+    assert {"amx_bf16", "avx512_bf16", "cpu_name"} <= set(cpu)
+    assert ("AMD" in cpu["cpu_name"]) == ("AuthenticAMD" in Path("/proc/cpuinfo").read_text())
 
 
 def test_pixels_are_normalised_by_what_the_run_saw(atari, tmp_path, monkeypatch):
