@@ -20,6 +20,7 @@ PongNoFrameskip-v4 reaches 18 within 0.76M steps and ends at 19.1, 20.1 and 19.6
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import hashlib
@@ -387,6 +388,8 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
         rollout.history[t, part].copy_(rollout.host_history[t, part], non_blocking=True)
         actions = act(agent, rollout, rollout.idx[t, part])
         if t < T:
+            if device.type == "cpu":
+                free_cores()
             episodes.send(group, actions.cpu().numpy())
 
     for group, (_, part) in enumerate(episodes.groups):
@@ -706,6 +709,12 @@ def bf16_is_faster() -> bool:
     """Whether this CPU multiplies bfloat16 faster than float32: with AMX, or AMD's AVX512-BF16. Intel's is slower."""
     cpu = torch.cpu.get_capabilities()
     return bool(cpu.get("amx_bf16") or (cpu.get("avx512_bf16") and "AMD" in cpu["cpu_name"]))
+
+
+def free_cores() -> None:
+    """Ends PyTorch's OpenMP threads until their next work: idle, they spin for 3 ms on cores that emulators want."""
+    with contextlib.suppress(AttributeError):  # a PyTorch without OpenMP
+        ctypes.CDLL(None).omp_pause_resource_all(1)  # 1: omp_pause_soft
 
 
 def together(collective: Callable, *inputs: Any) -> None:

@@ -1,7 +1,9 @@
 """The Atari trainer against the real emulators and against a scripted game."""
 
 import dataclasses
+import itertools
 import json
+import os
 import platform
 import signal
 import sys
@@ -198,6 +200,26 @@ class Late:
         self.steps += 1
         time.sleep(0.01 if self.steps % self.every == 0 else 0)
         return self.envs.recv()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="no list of this process's threads")
+def test_no_thread_of_the_policy_idles_beside_the_emulators(atari):
+    """Each step's policy has a new thread, as that of the step before ended before its emulators played."""
+    args, threads = tiny(atari, num_envs=8, num_steps=4), []
+    envs = ScriptedGame(atari.STACK, [(0, False, False, False)] * 4, 8)
+    agent, rollout = atari.Agent(envs), atari.Rollout(args, envs, CPU)
+
+    def act(*inputs):
+        actions = atari.act(*inputs)
+        threads.append(set(os.listdir("/proc/self/task")))
+        return actions
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    atari.collect(agent, atari.Episodes([envs], np.arange(8)), rollout, args, act)
+    torch.set_num_threads(before)
+    assert len(threads) == 5  # the second step also has the thread that waits for the emulators
+    assert all(after - before for before, after in itertools.pairwise(threads[1:]))
 
 
 def test_groups_play_what_one_group_plays(atari):
