@@ -137,6 +137,7 @@ class Parts:
         envs = trainer.make_groups(args, self.device) if atari else [trainer.make_envs(args, args.num_envs)]
         self.agent = trainer.Agent(envs[0]).to(self.device)
         if atari:
+            trainer.keep_memory()
             self.agent.bf16 = args.bf16 and self.device.type == "cpu" and trainer.bf16_is_faster()
         self.rollout = trainer.Rollout(args, envs[0], self.device)
         self.optimizer = trainer.ClippedAdam(self.agent, args)

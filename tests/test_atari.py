@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -220,6 +221,25 @@ def test_no_thread_of_the_policy_idles_beside_the_emulators(atari):
     torch.set_num_threads(before)
     assert len(threads) == 5  # the second step also has the thread that waits for the emulators
     assert all(after - before for before, after in itertools.pairwise(threads[1:]))
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_memory_is_kept_for_the_next_minibatch(atari):
+    """64 MiB, more than malloc keeps by itself, taken again and again after `keep_memory`."""
+    code = f"""
+import resource, sys, torch
+from conftest import load
+load({atari.__file__!r}).keep_memory()
+for _ in range(int(sys.argv[1])):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    options = {"cwd": Path(__file__).parent, "env": os.environ | {"THP_MEM_ALLOC_ENABLE": "0"}}
+    faults = []
+    for times in ("1", "11"):
+        command = [sys.executable, "-c", code, times]
+        faults.append(int(subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout))
+    assert faults[1] - faults[0] < 5 * 2**14  # of 4 KiB each; 10 * 2^14 where it was given back, once more by chance
 
 
 def test_groups_play_what_one_group_plays(atari):
