@@ -1005,7 +1005,7 @@ def parse_args() -> Args:
             check(dataclasses.replace(saved, capture_video=False))  # this command may leave it out
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--resume {args.resume} holds no run of this script: {error}")
-        saved = dataclasses.replace(saved, resume=args.resume, run_dir=args.run_dir if restarted else None)
+        saved = dataclasses.replace(saved, resume=args.resume, run_dir=args.resume)  # naming it twice does no harm
         args = cli(saved)
         for name, old in dataclasses.asdict(saved).items():
             new = getattr(args, name)

@@ -256,7 +256,7 @@ def test_a_resumed_run_takes_no_other_arguments(trainer, tmp_path, monkeypatch, 
 
     changes = {name: other(value) for name, value in vars(trainer.Args()).items() if name != "resume"}
     free = {name: changes.pop(name) for name in ("cuda", "eval_episodes", "capture_video", "total_timesteps")}
-    for name, value in free.items():
+    for name, value in (free | {"run_dir": str(tmp_path)}).items():
         assert getattr(resume(**{name: value}), name) == value
     for name, value in (changes | {"total_timesteps": trainer.Args().total_timesteps - 1}).items():
         with pytest.raises(SystemExit, match="2"):
