@@ -89,6 +89,7 @@ def dress(axis: plt.Axes, key: str) -> None:
 
 def save(figure: plt.Figure, path: Path) -> None:
     """Writes a PNG of few colours, a third of matplotlib's size."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     figure.tight_layout()
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=100)
@@ -175,12 +176,14 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.figures) - set(names):
         parser.error(f"no figure {', '.join(unknown)}: choose from {', '.join(names)}")
-    options.to.mkdir(parents=True, exist_ok=True)
     for name in options.figures or names:
-        if name == "ablations":
-            draw_ablations(options.results, options.to)
-        else:
-            draw_learning(name, options.results, options.to)
+        try:
+            if name == "ablations":
+                draw_ablations(options.results, options.to)
+            else:
+                draw_learning(name, options.results, options.to)
+        except (AttributeError, LookupError, OSError, TypeError, ValueError) as error:
+            parser.error(f"{name}: is a record in {options.results} damaged, or {options.to} not writable? {error!r}")
 
 
 if __name__ == "__main__":

@@ -85,3 +85,11 @@ def test_help_needs_no_optional_package(script, tmp_path):
         assert done.returncode == 2 and done.stderr == "error: `pip install matplotlib` first: none here\n"
     else:
         assert done.returncode == 0 and done.stdout.startswith("usage: "), done.stderr
+
+
+def test_a_damaged_record_is_named_by_one_error(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "learning_CartPole-v1.json").write_text('{"runs": [')
+    done = program("plot.py", "classic_control", "--results", tmp_path, "--to", tmp_path / "figures")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert f"classic_control: is a record in {tmp_path} damaged" in done.stderr
