@@ -31,6 +31,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Literal, NoReturn
 
+import gymnasium as gym
 import numpy as np
 import onnx
 import onnxruntime
@@ -322,7 +323,7 @@ def probes(obs: np.ndarray, space) -> list[np.ndarray]:
     """Observations to compare runtimes on, 256 rows each: of real play, zeros, the space's extremes, random ones."""
     rng = np.random.default_rng(1)
     if hasattr(space, "n"):
-        low, high = space.start, space.start + space.n - 1
+        low, high = int(space.start), int(space.start) + int(space.n) - 1
     else:
         bounds = space.low.astype(float), space.high.astype(float)
         reach = np.maximum(100.0, 10.0 * obs.std(0))  # where the space is wide: around what play shows
@@ -414,12 +415,16 @@ def describe_actions(envs) -> dict:
     """The number that the environment itself gives action 0, and all actions' names, or numbers where it has none."""
     if hasattr(envs, "ale"):
         return {"first_action": 0, "action_meanings": [action.name for action in envs.ale.get_action_set()]}
+    count = int(envs.single_action_space.n)
     env, space = envs, envs.single_action_space
     if hasattr(envs, "envs"):
-        env = envs.envs[0].unwrapped
-        space = env.action_space
-    first = int(getattr(space, "start", 0))  # a wrapper may make the actions discrete, or leave some out
-    numbers = [str(first + n) for n in range(int(envs.single_action_space.n))]
+        env = envs.envs[0]
+        for wrapper in ("Replayable", "TransformAction"):  # the trainer's, which let the network count from 0
+            if type(env).__name__ == wrapper and getattr(env.env.action_space, "n", None) == count:
+                env = env.env
+        space, env = env.action_space, env.unwrapped
+    first = int(space.start)
+    numbers = [str(first + n) for n in range(count)]
     names = [str(name) for name in getattr(env, "get_action_meanings", list)()]
     return {"first_action": first, "action_meanings": names if len(names) == len(numbers) else numbers}
 
@@ -452,6 +457,10 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, en
     else:
         spec = envs.envs[0].spec if hasattr(envs, "envs") else None
         wrappers = [wrapper.name for wrapper in spec.additional_wrappers] if spec else []
+        if wrappers:
+            bare = gym.make(spec.id, disable_env_checker=True, **spec.kwargs)
+            wrappers = wrappers[len(bare.spec.additional_wrappers) :]
+            bare.close()
         of_source = ", ".join(name for name in wrappers if name not in ("Replayable", "TransformAction"))
         preprocessing = {
             "inside_the_graph": "running normalisation or one-hot encoding",

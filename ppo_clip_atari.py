@@ -620,7 +620,7 @@ def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> l
         frame_number = info["episode_frame_number"]
         logits, _ = agent(to_tensor(obs, device))
         obs, reward, _, _, info = step(envs, sample(logits, generator))
-        returns += reward * ~over
+        returns += np.where(over, 0.0, reward)
         over |= info["episode_frame_number"] < frame_number
     envs.close()
     return returns.tolist()
@@ -714,8 +714,9 @@ def bf16_is_faster() -> bool:
 def keep_memory() -> None:
     """Lets glibc's malloc keep what a minibatch frees for the next one: it returns such memory or not, by chance."""
     with contextlib.suppress(AttributeError):  # another C library
-        for parameter in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL(None).mallopt(parameter, 2**30)
+        mallopt = ctypes.CDLL(None).mallopt
+        if mallopt(-3, 2**30) or mallopt(-3, 2**25):  # M_MMAP_THRESHOLD; an old glibc takes no more
+            mallopt(-1, 2**30)  # M_TRIM_THRESHOLD; alone it would keep the other at 128 KiB
 
 
 def free_cores() -> None:
@@ -935,7 +936,8 @@ def open_run(args: Args) -> Path:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock_run_dir(run_dir)
             other = snapshot.exists() and snapshot.read_bytes() != SOURCE  # a user's own file: keep it
-            if other or record_path.exists() or (run_dir / "checkpoint.pt").exists():
+            here = snapshot.resolve() == script  # what is edited next would not be what ran
+            if other or here or record_path.exists() or (run_dir / "checkpoint.pt").exists():
                 fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
             write_file(snapshot, SOURCE)
         write_file(record_path, (json.dumps(record, indent=2) + "\n").encode())
@@ -1005,7 +1007,9 @@ def parse_args() -> Args:
             check(dataclasses.replace(saved, capture_video=False))  # this command may leave it out
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--resume {args.resume} holds no run of this script: {error}")
-        saved = dataclasses.replace(saved, resume=args.resume, run_dir=args.resume)  # naming it twice does no harm
+        named = args.run_dir or args.resume  # naming the folder twice does no harm
+        again = Path(named).resolve() == Path(args.resume).resolve()
+        saved = dataclasses.replace(saved, resume=args.resume, run_dir=named if again else args.resume)
         args = cli(saved)
         for name, old in dataclasses.asdict(saved).items():
             new = getattr(args, name)
@@ -1160,7 +1164,13 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
         "seed": args.seed,
         "env_id": args.env_id,
     }
-    write_file(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    path = run_dir / "result.json"
+    if not scores:  # only filmed, say: what the same policy scored before stays
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            earlier = json.loads(path.read_text())
+            if earlier["global_step"] == result["global_step"]:
+                result |= {key: earlier[key] for key in result if key.startswith("eval_")}
+    write_file(path, (json.dumps(result, indent=2) + "\n").encode())
     if scores:
         say(f"evaluation: mean return {np.mean(scores):.1f} +/- {np.std(scores):.1f} over {len(scores)} episodes")
     if args.capture_video:

@@ -188,8 +188,9 @@ def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
     def make_env() -> gym.Env:
         env = gym.make(args.env_id, disable_env_checker=True, **rendering)  # your wrappers go below this line
         space = env.action_space
-        if isinstance(space, gym.spaces.Discrete) and space.start != 0:  # the network counts actions from 0
-            env = gym.wrappers.TransformAction(env, lambda a: a + space.start, gym.spaces.Discrete(space.n))
+        if isinstance(space, gym.spaces.Discrete) and (space.start != 0 or space.dtype != np.int64):
+            own = space.dtype.type  # the network's actions are int64, counted from 0
+            env = gym.wrappers.TransformAction(env, lambda a: own(a + int(space.start)), gym.spaces.Discrete(space.n))
         return Replayable(env)  # outermost: a checkpoint asks it
 
     try:
@@ -557,7 +558,7 @@ def evaluate(agent: Agent, args: Args, episodes: int, device: torch.device) -> l
     while not over.all():
         logits, _ = agent(to_tensor(obs, device))
         obs, reward, terminated, truncated, _ = step(envs, sample(logits, generator))
-        returns += reward * ~over
+        returns += np.where(over, 0.0, reward)
         over |= terminated | truncated
     envs.close()
     return returns.tolist()
@@ -608,7 +609,9 @@ class Replayable(gym.Wrapper):
     def __init__(self, env: gym.Env):
         super().__init__(env)
         space = env.observation_space
-        self.states = range(space.start, space.start + space.n) if isinstance(space, gym.spaces.Discrete) else None
+        self.states = None
+        if isinstance(space, gym.spaces.Discrete):
+            self.states = range(int(space.start), int(space.start) + int(space.n))
         self.code = "B" if getattr(env.action_space, "n", 0) <= 256 else "q"  # episodes may be long, or never end
 
     def reset(self, *, seed=None, options=None):
@@ -902,7 +905,8 @@ def open_run(args: Args) -> Path:
             run_dir.mkdir(parents=True, exist_ok=True)
             lock_run_dir(run_dir)
             other = snapshot.exists() and snapshot.read_bytes() != SOURCE  # a user's own file: keep it
-            if other or record_path.exists() or (run_dir / "checkpoint.pt").exists():
+            here = snapshot.resolve() == script  # what is edited next would not be what ran
+            if other or here or record_path.exists() or (run_dir / "checkpoint.pt").exists():
                 fail(f"--run-dir {run_dir} is taken: go on with its run by --resume {run_dir} or choose another folder")
             write_file(snapshot, SOURCE)
         write_file(record_path, (json.dumps(record, indent=2) + "\n").encode())
@@ -972,7 +976,9 @@ def parse_args() -> Args:
             check(dataclasses.replace(saved, capture_video=False))  # this command may leave it out
         except (OSError, ValueError, KeyError, TypeError) as error:
             fail(f"--resume {args.resume} holds no run of this script: {error}")
-        saved = dataclasses.replace(saved, resume=args.resume, run_dir=args.resume)  # naming it twice does no harm
+        named = args.run_dir or args.resume  # naming the folder twice does no harm
+        again = Path(named).resolve() == Path(args.resume).resolve()
+        saved = dataclasses.replace(saved, resume=args.resume, run_dir=named if again else args.resume)
         args = cli(saved)
         for name, old in dataclasses.asdict(saved).items():
             new = getattr(args, name)
@@ -1126,7 +1132,13 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
         "seed": args.seed,
         "env_id": args.env_id,
     }
-    write_file(run_dir / "result.json", (json.dumps(result, indent=2) + "\n").encode())
+    path = run_dir / "result.json"
+    if not scores:  # only filmed, say: what the same policy scored before stays
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            earlier = json.loads(path.read_text())
+            if earlier["global_step"] == result["global_step"]:
+                result |= {key: earlier[key] for key in result if key.startswith("eval_")}
+    write_file(path, (json.dumps(result, indent=2) + "\n").encode())
     if scores:
         say(f"evaluation: mean return {np.mean(scores):.1f} +/- {np.std(scores):.1f} over {len(scores)} episodes")
     if args.capture_video:

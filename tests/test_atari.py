@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import ale_py
 import gymnasium as gym
@@ -242,6 +243,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
         command = [sys.executable, "-c", code, times]
         faults.append(int(subprocess.run(command, capture_output=True, text=True, check=True, **options).stdout))
     assert faults[1] - faults[0] < 5 * 2**14  # of 4 KiB each; 10 * 2^14 where it was given back, once more by chance
+
+
+@pytest.mark.parametrize(
+    "most, calls", [(2**30, [(-3, 2**30), (-1, 2**30)]), (2**25, [(-3, 2**30), (-3, 2**25), (-1, 2**30)]), (0, None)]
+)
+def test_an_old_malloc_keeps_what_it_can(atari, monkeypatch, most, calls):
+    """Where the limit above which memory is given back at once cannot be raised, raising the other would fix it."""
+    made = []
+    libc = SimpleNamespace(mallopt=lambda name, value: made.append((name, value)) or name == -1 or value <= most)
+    monkeypatch.setattr(atari.ctypes, "CDLL", lambda name: libc)
+    atari.keep_memory()
+    assert made == (calls or [(-3, 2**30), (-3, 2**25)])
 
 
 def test_a_run_keeps_freed_memory(atari, tmp_path, monkeypatch):

@@ -664,6 +664,37 @@ def test_an_inexact_mean_of_ones_is_no_error(script, tmp_path, monkeypatch):
     assert checkpoint(tmp_path / "run")["iteration"] == 1
 
 
+class Counted(gym.Env):
+    """Numbers of few bits, actions that have to be of their space, and no end of rewards from the second episode on."""
+
+    episode = 0
+
+    def __init__(self, dtype, first):
+        self.observation_space = gym.spaces.Discrete(28, start=100, dtype=np.int8)
+        self.action_space = gym.spaces.Discrete(3, start=first, dtype=dtype)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episode, self.left = self.episode + 1, int(self.np_random.integers(1, 9))
+        return np.int8(127), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action), repr(action)
+        self.left -= 1
+        return np.int8(100), 1.0 if self.episode == 1 else math.inf, not self.left, False, {}
+
+
+for dtype in (np.int64, np.int32, np.uint8):
+    gym.register(f"Counted-{dtype.__name__}-v0", Counted, kwargs={"dtype": dtype, "first": 100 * (dtype == np.uint8)})
+
+
+@pytest.mark.parametrize("dtype", ["int64", "int32", "uint8"])
+def test_numbers_of_few_bits(script, dtype):
+    args = tiny(script, env_id=f"Counted-{dtype}-v0", num_envs=6)
+    scores = script.evaluate(start(script, args)[0], args, 6, CPU)
+    assert len(set(scores)) > 1 and all(1 <= score < 9 for score in scores)  # infinite only after the counted episode
+
+
 def test_an_observation_outside_its_space(script, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         script.train(tiny(script, env_id="Lost-v0", run_dir=str(tmp_path / "run")))
@@ -798,6 +829,9 @@ def test_a_run_folder_is_taken_once(script, tmp_path, capsys):
             script.open_run(tiny(script, run_dir=str(tmp_path / taken)))
         assert "is taken" in capsys.readouterr().err
     assert mine.read_text() == "# not the trainer\n"
+    with pytest.raises(SystemExit, match="2"):  # where this very script lies
+        script.open_run(tiny(script, run_dir=str(Path(script.__file__).parent)))
+    assert "is taken" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         script.open_run(tiny(script, run_dir=str(tmp_path / ("x" * 300))))
     assert "File name too long" in capsys.readouterr().err

@@ -788,16 +788,53 @@ def test_actions_count_from_the_environments_first():
     space = gym.spaces.Discrete(2, start=1)
     envs = SimpleNamespace(
         single_action_space=gym.spaces.Discrete(2),
-        envs=[SimpleNamespace(unwrapped=SimpleNamespace(action_space=space))],
+        envs=[SimpleNamespace(action_space=space, unwrapped=None)],
     )
     assert exporter.describe_actions(envs) == {"first_action": 1, "action_meanings": ["1", "2"]}
     one = SimpleNamespace(single_action_space=space)  # a vector environment that is not made of others
     assert exporter.describe_actions(one) == {"first_action": 1, "action_meanings": ["1", "2"]}
-    box = SimpleNamespace(action_space=gym.spaces.Box(-1, 1), get_action_meanings=lambda: ["only", "three", "names"])
-    wrapped = SimpleNamespace(single_action_space=gym.spaces.Discrete(2), envs=[SimpleNamespace(unwrapped=box)])
-    assert exporter.describe_actions(wrapped) == {"first_action": 0, "action_meanings": ["0", "1"]}
-    wrapped.single_action_space = gym.spaces.Discrete(3)  # one for each name
-    assert exporter.describe_actions(wrapped)["action_meanings"] == ["only", "three", "names"]
+
+
+class Continuous(gym.Env):
+    observation_space, action_space = gym.spaces.Box(-1, 1), gym.spaces.Box(-1, 1)
+
+    def reset(self, *, seed=None, options=None):
+        return np.zeros(1, np.float32), {}
+
+    def get_action_meanings(self):
+        return ["only", "three", "names"]
+
+
+class Choices(gym.ActionWrapper):
+    """Only some actions, counted from `first`."""
+
+    def __init__(self, env, count, first):
+        super().__init__(env)
+        self.action_space = gym.spaces.Discrete(count, start=first)
+
+
+gym.register("Two-v0", lambda: Choices(Continuous(), 2, 0))
+gym.register("Three-v0", lambda: Choices(Continuous(), 3, 7))
+gym.register("Fewer-v0", lambda: Choices(Choices(Continuous(), 4, 1), 2, 0))
+
+
+@pytest.mark.parametrize(
+    "env_id, first, names",
+    [
+        ("Two-v0", 0, ["0", "1"]),
+        ("Three-v0", 7, ["only", "three", "names"]),
+        ("Fewer-v0", 0, ["0", "1"]),
+        ("CartPole-v1", 0, ["0", "1"]),
+    ],
+)
+def test_actions_are_those_of_the_environment_that_its_id_makes(tmp_path, env_id, first, names):
+    """Its own wrappers are a part of it, those that the trainer adds are not."""
+    exporter, discrete = load(ROOT / "export_policy.py"), load(ROOT / "ppo_clip_discrete.py")
+    args = discrete.Args(env_id=env_id)
+    envs = discrete.make_envs(args, 1)
+    about = exporter.describe(tmp_path, args, {}, {"global_step": 1, "agent": {}}, "", envs)
+    assert (about["first_action"], about["action_meanings"]) == (first, names)
+    assert about["preprocessing"]["before_the_graph"] == "none"
 
 
 IMPALA = """

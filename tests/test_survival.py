@@ -264,6 +264,19 @@ def test_a_resumed_run_takes_no_other_arguments(trainer, tmp_path, monkeypatch, 
         assert f"--{name.replace('_', '-')} {value} contradicts the run's" in capsys.readouterr().err
 
 
+def test_a_resumed_run_may_name_its_folder_twice(trainer, tmp_path, monkeypatch, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "args.json").write_text(json.dumps({"args": dataclasses.asdict(trainer.Args())}))
+    monkeypatch.chdir(tmp_path)
+    for folder in ("run", "run/", str(tmp_path / "run")):
+        monkeypatch.setattr(sys, "argv", [trainer.__file__, "--resume", "run", "--run-dir", folder])
+        assert trainer.parse_args().resume == "run"
+    sys.argv[-1] = "other"
+    with pytest.raises(SystemExit, match="2"):
+        trainer.parse_args()
+    assert "--run-dir other contradicts the run's run" in capsys.readouterr().err
+
+
 def test_a_resumed_run_is_checked_too(trainer, tmp_path, monkeypatch, capsys):
     (tmp_path / "args.json").write_text(json.dumps({"args": dataclasses.asdict(trainer.Args())}))
     monkeypatch.setattr(sys, "argv", ["trainer", "--resume", str(tmp_path), "--eval-episodes", "-1"])
@@ -306,6 +319,12 @@ def test_the_result_is_of_the_evaluation(trainer, tmp_path, monkeypatch):
     assert result["eval_episodes"] == 3 and result["sps"] == 1500 and 50 <= result["wall_seconds"] < 60
     assert result["seed"] == 7 and result["env_id"] == args.env_id
     assert result["global_step"] == 20_000 // args.batch_size * args.batch_size
+    scored = {key: result[key] for key in result if key.startswith("eval_")}
+    assert scored.items() <= finish(eval_episodes=0)[0].items()  # of the same policy
+    state = result | {"global_step": 4096}
+    for before in (json.dumps(state), "{", "[]"):  # of another policy, or nothing to keep
+        (tmp_path / "result.json").write_text(before)
+        assert finish(eval_episodes=0)[0]["eval_return_mean"] is None
     report.timed = [0, 0.0]
     result, _ = finish(eval_episodes=0)
     assert result["eval_return_mean"] is result["eval_return_std"] is result["sps"] is None
