@@ -423,7 +423,7 @@ def describe_actions(envs) -> dict:
             if type(env).__name__ == wrapper and getattr(env.env.action_space, "n", None) == count:
                 env = env.env
         space, env = env.action_space, env.unwrapped
-    first = int(space.start)
+    first = int(getattr(space, "start", 0))
     numbers = [str(first + n) for n in range(count)]
     names = [str(name) for name in getattr(env, "get_action_meanings", list)()]
     return {"first_action": first, "action_meanings": names if len(names) == len(numbers) else numbers}
