@@ -861,7 +861,7 @@ VARIANTS = {
     "narrow": [
         ("7, 512)", "7, 96)"),
         ("Linear(512", "Linear(96"),
-        ("Conv2d(4, 32", "Conv2d(4, 16"),
+        ("Conv2d(STACK, 32", "Conv2d(STACK, 16"),
         ("Conv2d(32, 64", "Conv2d(16, 64"),
     ],
     "layer_norm": [
@@ -880,8 +880,8 @@ SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("narrow", "layer
 @pytest.mark.parametrize("variant", ["impala", *SLOW])
 def test_a_copied_and_changed_atari_trainer_exports(tmp_path, variant):
     source = (ROOT / "ppo_clip_atari.py").read_text()
+    assert all(old in source for changes in VARIANTS.values() for old, _ in changes)  # of the slow ones too
     for old, new in VARIANTS[variant]:
-        assert old in source
         source = source.replace(old, new)
     (tmp_path / "my_ppo.py").write_text(source)
     flags = ["--env-id", "ALE/Pong-v5", "--num-envs", "2", "--num-steps", "16", "--total-timesteps", "32"]
