@@ -958,12 +958,21 @@ def test_damaged_checkpoints(script, tmp_path, monkeypatch, capsys):
 # What a user can do wrong
 
 
+class Pictures(gym.Env):
+    observation_space, action_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8), gym.spaces.Discrete(2)
+
+
+gym.register("Pictures-v0", Pictures)
+
+
 @pytest.mark.parametrize(
     "flags, part",
     [
         ("--env-id NoSuchThing-v0", "NoSuchThing-v0"),
         ("--env-id no_such_module:Thing-v0", "no_such_module"),
         ("--env-id Pendulum-v1", "Discrete"),
+        ("--env-id Blackjack-v1", "observation space Tuple"),
+        ("--env-id Pictures-v0", "convolutional"),
         ("--env-id ALE/Pong-v5", "ppo_clip_atari.py"),
         ("--num-minibatches 3", "--num-minibatches 3"),
         ("--num-envs 2 --num-steps 2 --num-minibatches 4", "minibatch"),
@@ -1015,6 +1024,16 @@ def test_training_does_not_wait_for_pytorchs_compiler(tmp_path):
     command = [sys.executable, "-X", "importtime", str(SCRIPT), *flags]
     imported = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     assert "torch.optim" in imported and "torch._dynamo" not in imported
+
+
+def test_a_small_network_takes_one_thread(script, tmp_path):
+    """More only wait for each other, and for whatever else runs."""
+    torch.set_num_threads(2)
+    try:
+        script.train(tiny(script, total_timesteps=128, run_dir=str(tmp_path / "run")))
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(1)  # as conftest has it
 
 
 def test_copied_script_runs_alone(tmp_path):
