@@ -306,7 +306,7 @@ def test_checkpoints_come_at_their_interval_and_hold_the_time(trainer, tmp_path,
     assert result["sps"] == pytest.approx(last["timed"][0] / last["timed"][1])
 
 
-def test_the_result_is_of_the_evaluation(trainer, tmp_path, monkeypatch):
+def test_the_result_is_of_the_evaluation(trainer, tmp_path, monkeypatch, capsys):
     def finish(**changes):
         args = trainer.Args(seed=7, total_timesteps=20_000, **changes)
         trainer.finish(None, args, tmp_path, torch.device("cpu"), time.time() - 50, report)
@@ -315,6 +315,7 @@ def test_the_result_is_of_the_evaluation(trainer, tmp_path, monkeypatch):
     report = SimpleNamespace(timed=[3000, 2.0])
     monkeypatch.setattr(trainer, "evaluate", lambda agent, args, episodes, device: [1.0, 2.0, 6.0][:episodes])
     result, args = finish(eval_episodes=3)
+    assert "evaluation: mean return 3.0 +/- 2.2 over 3 episodes" in capsys.readouterr().out
     assert result["eval_return_mean"] == 3 and result["eval_return_std"] == pytest.approx(np.sqrt(14 / 3))
     assert result["eval_episodes"] == 3 and result["sps"] == 1500 and 50 <= result["wall_seconds"] < 60
     assert result["seed"] == 7 and result["env_id"] == args.env_id
