@@ -177,12 +177,14 @@ def tell(run: dict) -> None:
 
 
 def start(main: Callable[[], None]) -> None:
-    """Runs a script's `main`, which Ctrl-C and a trainer's refusal end without a traceback."""
+    """Runs a script's `main`, which Ctrl-C, a trainer's refusal and a command that failed end without a traceback."""
     try:
         main()
     except Refused as refused:
         print(refused, file=sys.stderr)
         raise SystemExit(2) from None
+    except subprocess.CalledProcessError as failed:  # it has said why
+        raise SystemExit(failed.returncode if failed.returncode > 0 else 1) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
 

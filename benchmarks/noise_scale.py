@@ -19,7 +19,7 @@ import math
 from pathlib import Path
 
 import torch
-from learning import RESULTS, ROOT, about, start
+from learning import RESULTS, ROOT, Refused, about, start
 from throughput import GAE_INPUTS, load
 
 
@@ -29,7 +29,10 @@ def gradients(trainer, state: dict, lambdas: list[float], batches: int, num_step
     trainer.seed_all(seed)
     envs = trainer.make_envs(args, args.num_envs)
     agent = trainer.Agent(envs)
-    agent.load_state_dict(state["agent"])
+    try:
+        agent.load_state_dict(state["agent"])
+    except RuntimeError:
+        raise Refused("error: the checkpoint is of another network than ppo_clip_atari.py's") from None
     policy = [p for name, p in agent.named_parameters() if not name.startswith("value_head")]
     episodes = trainer.Episodes([envs], trainer.env_seeds(seed, 0, args.num_envs))
     rollout = trainer.Rollout(args, envs, torch.device("cpu"))

@@ -77,6 +77,16 @@ def test_a_threshold_is_reached_and_held_at_the_right_points(learning, tmp_path,
     assert steps == {"reached": reached, "held": held, "iteration": reached and reached + 1}
 
 
+@pytest.mark.parametrize("code, told", [(3, 3), (-9, 1)])
+def test_a_command_that_failed_ends_its_benchmark_without_a_traceback(learning, code, told):
+    def main():
+        raise subprocess.CalledProcessError(code, "trainer")
+
+    with pytest.raises(SystemExit) as stop:
+        learning.start(main)
+    assert stop.value.code == told and stop.value.__suppress_context__
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_help_needs_no_optional_package(script, tmp_path):
     (tmp_path / "matplotlib.py").write_text("raise ModuleNotFoundError('none here')")
