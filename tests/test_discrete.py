@@ -819,7 +819,7 @@ def test_observations_of_a_discrete_space_count_from_its_start(script):
     assert torch.equal(outputs(0), outputs(5)) and len(outputs(5).unique(dim=0)) == 3
 
 
-def test_a_run_folder_is_taken_once(script, tmp_path, capsys):
+def test_a_run_folder_is_taken_once(script, tmp_path, monkeypatch, capsys):
     (tmp_path / "own").mkdir()
     mine = tmp_path / "own" / Path(script.__file__).name
     mine.write_text("# not the trainer\n")
@@ -829,8 +829,11 @@ def test_a_run_folder_is_taken_once(script, tmp_path, capsys):
             script.open_run(tiny(script, run_dir=str(tmp_path / taken)))
         assert "is taken" in capsys.readouterr().err
     assert mine.read_text() == "# not the trainer\n"
+    monkeypatch.setattr(script, "__file__", str(tmp_path / "here" / mine.name))
+    (tmp_path / "here").mkdir()
+    Path(script.__file__).write_bytes(script.SOURCE)
     with pytest.raises(SystemExit, match="2"):  # where this very script lies
-        script.open_run(tiny(script, run_dir=str(Path(script.__file__).parent)))
+        script.open_run(tiny(script, run_dir=str(tmp_path / "here")))
     assert "is taken" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         script.open_run(tiny(script, run_dir=str(tmp_path / ("x" * 300))))
