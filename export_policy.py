@@ -426,7 +426,7 @@ def describe_actions(envs) -> dict:
     first = int(getattr(space, "start", 0))
     numbers = [str(first + n) for n in range(count)]
     names = [str(name) for name in getattr(env, "get_action_meanings", list)()]
-    return {"first_action": first, "action_meanings": names if len(names) == len(numbers) else numbers}
+    return {"first_action": first, "action_meanings": names if len(names) == count else numbers}
 
 
 def load_score(run_dir: Path, global_step: int) -> dict:

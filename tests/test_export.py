@@ -970,14 +970,16 @@ class OneOrTwo(gym.Env):
 
 
 gym.register("OneOrTwo-v0", OneOrTwo)
+gym.register("States-v0", lambda: gym.wrappers.TransformObservation(OneOrTwo(), lambda x: 3, gym.spaces.Discrete(5)))
 """
 
 
-def test_the_python_client_counts_actions_from_the_environments_first(exporter, tmp_path, monkeypatch):
+@pytest.mark.parametrize("env_id", ["OneOrTwo-v0", "States-v0"])
+def test_the_python_client_counts_actions_from_the_environments_first(exporter, tmp_path, monkeypatch, env_id):
     (tmp_path / "one_or_two.py").write_text(ONE_OR_TWO)
     monkeypatch.syspath_prepend(tmp_path)
     discrete = load(ROOT / "ppo_clip_discrete.py")
-    args = small(discrete, tmp_path / "run", env_id="one_or_two:OneOrTwo-v0")
+    args = small(discrete, tmp_path / "run", env_id=f"one_or_two:{env_id}")
     agent = discrete.Agent(discrete.make_envs(args, 1))
     agent.policy_head.bias.data.copy_(torch.tensor([-9.0, 9.0]))  # its second action, the environment's 2
     run_dir = discrete.open_run(args)
