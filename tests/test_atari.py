@@ -173,16 +173,18 @@ def test_rewards_are_clipped_and_scores_are_not(atari):
     assert episodes.lengths.tolist() == [4]
 
 
-def test_stacks_are_the_environments_own(atari):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_stacks_are_the_environments_own(atari, device):
     """Over game ends, lost lives and rollout borders, each rebuilt stack is what the emulator gave."""
     args = tiny(atari, num_envs=6, num_steps=200, num_minibatches=1, episodic_life=True)
-    groups = [Recorder(atari.make_envs(args, 2)), Recorder(atari.make_envs(args, 4))]
-    agent = atari.Agent(groups[0])
-    episodes, rollout = atari.Episodes(groups, atari.env_seeds(1, 0, 6)), atari.Rollout(args, groups[0], CPU)
+    groups = [Recorder(atari.make_envs(args, 3)), Recorder(atari.make_envs(args, 3))]
+    agent, episodes = atari.Agent(groups[0]).to(device), atari.Episodes(groups, atari.env_seeds(1, 0, 6))
+    rollout = atari.Rollout(args, groups[0], torch.device(device))
+    act = atari.act if device == "cpu" else atari.Graph(atari.act)
     games = 0
     for i in range(3):
-        atari.collect(agent, episodes, rollout, args)
-        rebuilt = rollout.observations(rollout.idx.flatten()).unflatten(0, (201, 6))
+        atari.collect(agent, episodes, rollout, args, act)
+        rebuilt = rollout.observations(rollout.idx.flatten()).unflatten(0, (201, 6)).cpu()
         own = [torch.from_numpy(np.stack(group.seen[200 * i :][:201])) for group in groups]
         assert torch.equal(rebuilt, torch.cat(own, 1))
         games += int((rollout.history[1:] == 0).sum())
