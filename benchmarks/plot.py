@@ -50,6 +50,7 @@ LEARNING = {
         ("BreakoutNoFrameskip-v4", "Breakout", 430),
         ("BeamRiderNoFrameskip-v4", "BeamRider", 2478),
         ("QbertNoFrameskip-v4", "Qbert", 17246),
+        ("SpaceInvadersNoFrameskip-v4", "SpaceInvaders", 1189),
     ],
 }
 
