@@ -74,6 +74,16 @@ def test_tables_say_what_their_records_say():
     assert checked == 4 * 2 + 6 * 3 + 5 + 8 * 4 + 4 * 2  # vectors, Pong, ten million steps, throughput
 
 
+def test_ten_million_steps_have_the_evaluations_and_hours_of_their_records():
+    evaluations = dict(re.findall(r"(\w+) ([\d.]+)", README.split("(evaluation over 20 games: ")[1].split(")")[0]))
+    records = {row["game"]: (row, record["runs"][0]) for row, record in tables() if "game" in row}
+    assert evaluations == {game: f"{run['eval_return_mean']:.1f}" for game, (_, run) in records.items()}
+    for row, run in records.values():
+        assert run["eval_episodes"] == 20 and run["global_step"] > 9_990_000
+        if "hours" in row["wall time"]:
+            assert row["wall time"].startswith(f"{run['wall_seconds'] / 3600:.1f} hours")
+
+
 def test_the_speeds_beside_envpool_are_what_their_records_say():
     told = re.findall(r"([\d.]+) × (?:as fast )?in\s\[\w+\]\((\S+_envpool\.json)\) \((\d+) and (\d+)", README)
     assert len(told) == 2
