@@ -172,7 +172,9 @@ def trace(policy: Policy, inputs: tuple[torch.Tensor, ...], source: Path) -> tor
     except Exception as error:
         frames = [frame for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == source]
         where = f" at {source.name}:{frames[-1].lineno}: `{frames[-1].line}`" if frames else ""
-        fail(f"the network's forward cannot be exported{where}: {reason(error)}", code=1)
+        fixed = "it fixes the batch size, as len(x) or a number does; x.shape[0] does not"
+        why = fixed if "Constraints violated" in str(error) else reason(error)
+        fail(f"the network's forward cannot be exported{where}: {why}", code=1)
     for module in program.graph_module.modules():
         for node in module.graph.nodes if hasattr(module, "graph") else ():
             node.meta.pop("stack_trace", None)  # file paths of this machine
@@ -342,25 +344,28 @@ def check_parity(reference: Runtime, files: dict[str, Runtime], probes: list[np.
     """Each file against PyTorch on all probes at all `BATCHES`; ends with exit code 1 on a mismatch.
 
     A logit or value near 0 that large terms add up to is only as exact as these: the absolute tolerance grows with the
-    median size of the rows' outputs. Actions must be equal, except where the two best scores differ by less than the
-    tolerance of their own row: there either will do.
+    median size of the rows' outputs, without logits so low that they mask an action. Actions must be equal, except
+    where scores differ from the best by less than twice the tolerance of their own row: there any of them will do.
+    Where PyTorch gives NaN, so must the file.
     """
     for rows in probes:
         whole = [rows] if uniform is None else [rows, uniform[: len(rows)]]
         logits, value, _ = reference(*whole)
-        atols = [ATOL * max(1.0, np.median(sizes)) for sizes in (np.abs(logits).max(-1), np.abs(value))]
+        drawn = np.where(logits < logits.max(-1, keepdims=True) - 100, 0.0, logits)  # exp(-100) is 0 in float32
+        atols = [ATOL * max(1.0, np.median(sizes)) for sizes in (np.abs(drawn).max(-1), np.abs(value))]
         for batch in BATCHES:
             inputs = [x[:batch] for x in whole]
             logits, value, _ = reference(*inputs)
             scores = logits if uniform is None else logits - np.log(-np.log(inputs[1]))
-            best = np.sort(scores)[:, -2:]
-            good = scores >= (best[:, -1] - 2 * (ATOL + RTOL * np.abs(best).max(-1)))[:, None]  # which actions will do
+            best = scores.max(-1, keepdims=True)
+            good = ~(scores < best - 2 * (ATOL + RTOL * np.abs(best)))  # which actions will do
             for name, file in files.items():
                 its_logits, its_value, its_action = file(*inputs)
                 both = (("logits", logits, its_logits), ("value", value, its_value))
                 for (what, a, b), atol in zip(both, atols):
-                    if not np.allclose(a, b, rtol=RTOL, atol=atol):
-                        worst = np.abs(a - b).max()
+                    far = ~np.isclose(a, b, rtol=RTOL, atol=atol, equal_nan=True)
+                    if far.any():
+                        worst = np.abs(a[far] - b[far]).max()
                         fail(f"{name}: {what} differ from PyTorch's by up to {worst:.3g} at batch {batch}", 1)
                 if not (good & (its_action[:, None] == np.arange(good.shape[1]))).any(-1).all():
                     fail(f"{name}: actions differ from PyTorch's at batch {batch}", 1)
@@ -411,22 +416,46 @@ def print_table(rows: list[dict]) -> None:
         say("  ".join(f"{row[key]!s:>{width}}" for key, width in widths.items()))
 
 
+def single_env(envs):
+    """One of the environments as the run's source makes it, without the trainer's own two wrappers around it."""
+    env = envs.envs[0] if hasattr(envs, "envs") else envs
+    if type(env).__name__ == "Replayable":
+        env = env.env
+    inner = getattr(getattr(env, "env", None), "action_space", None)
+    if type(env) is gym.wrappers.TransformAction and (getattr(inner, "start", 0) != 0 or inner.dtype != np.int64):
+        env = env.env  # the trainer adds it there, so that the network counts from 0
+    return env
+
+
+def added_wrappers(env) -> list[gym.Wrapper]:
+    """What the run's source puts around the environment that Gymnasium's `make` gives it, the outermost first."""
+    harmless = gym.wrappers.PassiveEnvChecker, gym.wrappers.OrderEnforcing, gym.wrappers.TimeLimit
+
+    def wrappers(env) -> Iterator[gym.Wrapper]:
+        while isinstance(env, gym.Wrapper):
+            if not isinstance(env, harmless):
+                yield env
+            env = env.env
+
+    found, spec = [*wrappers(env)], getattr(env.unwrapped, "spec", None)
+    if found and spec is not None:
+        bare = gym.make(spec.id, disable_env_checker=True, **spec.kwargs)
+        found = found[: len(found) - len([*wrappers(bare)])]
+        bare.close()
+    return found
+
+
 def describe_actions(envs) -> dict:
     """The number that the environment itself gives action 0, and all actions' names, or numbers where it has none."""
     if hasattr(envs, "ale"):
         return {"first_action": 0, "action_meanings": [action.name for action in envs.ale.get_action_set()]}
-    count = int(envs.single_action_space.n)
-    env, space = envs, envs.single_action_space
-    if hasattr(envs, "envs"):
-        env = envs.envs[0]
-        for wrapper in ("Replayable", "TransformAction"):  # the trainer's, which let the network count from 0
-            if type(env).__name__ == wrapper and getattr(env.env.action_space, "n", None) == count:
-                env = env.env
-        space, env = env.action_space, env.unwrapped
+    count, env = int(envs.single_action_space.n), single_env(envs)
+    space = envs.single_action_space if env is envs else env.action_space
     first = int(getattr(space, "start", 0))
     numbers = [str(first + n) for n in range(count)]
-    names = [str(name) for name in getattr(env, "get_action_meanings", list)()]
-    return {"first_action": first, "action_meanings": names if len(names) == count else numbers}
+    names = [str(name) for name in getattr(env.unwrapped, "get_action_meanings", list)()]
+    changed = any(isinstance(wrapper, gym.ActionWrapper) for wrapper in added_wrappers(env))
+    return {"first_action": first, "action_meanings": names if len(names) == count and not changed else numbers}
 
 
 def load_score(run_dir: Path, global_step: int) -> dict:
@@ -455,16 +484,13 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, en
         units = "discounted sum of rewards, each clipped to [-1, 1]"
         units += ", up to the next lost life" * getattr(run_args, "episodic_life", False)
     else:
-        spec = envs.envs[0].spec if hasattr(envs, "envs") else None
-        wrappers = [wrapper.name for wrapper in spec.additional_wrappers] if spec else []
-        if wrappers:
-            bare = gym.make(spec.id, disable_env_checker=True, **spec.kwargs)
-            wrappers = wrappers[len(bare.spec.additional_wrappers) :]
-            bare.close()
-        of_source = ", ".join(name for name in wrappers if name not in ("Replayable", "TransformAction"))
+        wrappers = added_wrappers(single_env(envs))
+        after = [type(w).__name__ for w in wrappers if isinstance(w, gym.ActionWrapper)]
+        before = [type(w).__name__ for w in wrappers if not isinstance(w, (gym.ActionWrapper, gym.RewardWrapper))]
         preprocessing = {
             "inside_the_graph": "running normalisation or one-hot encoding",
-            "before_the_graph": of_source or "none",  # Gymnasium's wrappers that the source adds
+            "before_the_graph": ", ".join(reversed(before)) or "none",  # wrappers that the source adds, innermost first
+            "after_the_graph": ", ".join(after) or "none",  # likewise, outermost first: what actions go through
         }
         units = "discounted sum of rewards"
         variance = state["agent"].get("return_stats.var") if getattr(run_args, "norm_reward", False) else None
@@ -481,7 +507,7 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, en
         "value_units": units,
         "gamma": run_args.gamma,
         "checkpoint_sha256": sha256,
-        "trained_with": record.get("versions"),
+        "trained_with": state.get("versions", record.get("versions")),
     }
 
 
@@ -539,6 +565,9 @@ def export(args: Args) -> None:
     torch.manual_seed(1)
     source = (run_dir / Path(record["script"]).name).resolve()
     trainer = load_trainer(source, record)
+    if state.get("source", "") not in ("", hashlib.sha256(source.read_bytes()).hexdigest()):
+        how = "if its network is another, resume the run with the source that trained it, then export"
+        print(f"warning: {source.name} changed after the checkpoint was written: {how}", file=sys.stderr)
     try:
         run_args = trainer.Args(**record["args"])
         envs = trainer.make_envs(run_args, 1)
@@ -567,7 +596,10 @@ def export(args: Args) -> None:
                 files[path.name] = write(name, path, policy, program, two_rows, names, metadata)
             if "torchscript" in paths:
                 say("note: PyTorch deprecates TorchScript; torch-export is its successor, ONNX the best supported")
-            check_parity(eager(policy), files, probes(arrays[0], space), None if uniform is None else arrays[1])
+            try:
+                check_parity(eager(policy), files, probes(arrays[0], space), None if uniform is None else arrays[1])
+            except Exception as error:
+                fail(f"the network does not take every observation of its space: {reason(error)}", code=1)
 
             if args.quantize:
                 paths["int8"] = Path(folder) / INT8

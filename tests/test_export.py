@@ -25,6 +25,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import Payload, load, small
+from gymnasium.envs.classic_control import AcrobotEnv
 
 ROOT = Path(__file__).parent.parent
 FILES = ("policy.onnx", "policy.torchscript.pt", "policy.json")
@@ -173,6 +174,40 @@ def test_a_large_logit_elsewhere_excuses_no_action(capsys):
     with pytest.raises(SystemExit, match="1"):
         exporter.check_parity(right, {"file": wrong}, [np.zeros((256, 1), np.float32)], None)
     assert "file: actions differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mask", [-1e8, float(np.finfo(np.float32).min), -np.inf])
+def test_a_masked_action_excuses_nothing(mask, capsys):
+    """The other logits are still exact, and a masked action is never the right one."""
+    exporter = load(ROOT / "export_policy.py")
+
+    def off_by(error, action):
+        def run(obs):
+            logits = np.tile(np.float32([2, -1, mask]), (len(obs), 1)) + np.float32([0, error, 0])
+            return [logits, np.zeros(len(obs)), np.full(len(obs), action)]
+
+        return run
+
+    rows = np.zeros((256, 1), np.float32)
+    exporter.check_parity(off_by(0, 0), {"file": off_by(1e-6, 0)}, [rows], None)
+    for error, action, what in ((1e-3, 0, "logits"), (0, 1, "actions"), (0, 2, "actions")):
+        with pytest.raises(SystemExit, match="1"):
+            exporter.check_parity(off_by(0, 0), {"file": off_by(error, action)}, [rows], None)
+        assert f"file: {what} differ" in capsys.readouterr().err
+
+
+def test_a_file_is_nan_where_pytorch_is(capsys):
+    """As a network that divides by its observation's norm, for zeros."""
+    exporter, rows = load(ROOT / "export_policy.py"), np.zeros((256, 1), np.float32)
+
+    def always(logit):
+        return lambda obs: [np.full((len(obs), 2), logit), np.zeros(len(obs)), np.zeros(len(obs))]
+
+    exporter.check_parity(always(np.nan), {"file": always(np.nan)}, [rows], None)
+    for pytorchs, files in ((0.0, np.nan), (np.nan, 0.0)):
+        with pytest.raises(SystemExit, match="1"):
+            exporter.check_parity(always(pytorchs), {"file": always(files)}, [rows], None)
+        assert "file: logits differ" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("low, high", [(0, 255), (1000, 2000), (-1e6, 1e6), (-np.inf, np.inf)])
@@ -650,6 +685,39 @@ def test_a_forward_that_branches_is_named(run_dir, tmp_path):
     assert not any((tmp_path / "run" / name).exists() for name in FILES)
 
 
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        ("features = features + torch.zeros(len(x), 1)", "it fixes the batch size, as len(x)"),
+        ("features = features + F.embedding(obs.long() + 64, x.new_ones(128, 1))[:, 0]", "does not take every"),
+    ],
+)
+def test_what_forward_does_not_take_ends_in_one_line(run_dir, tmp_path, change, line):
+    """A fixed batch; a table that is too small for what the space, not play, may hold."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    source = tmp_path / "run" / "ppo_clip_discrete.py"
+    end = "        return self.policy_head(features)"
+    source.write_text(source.read_text().replace(end, f"        {change}\n{end}"))
+    done = export(tmp_path / "run")
+    assert done.returncode == 1 and line in done.stderr.splitlines()[-1] and done.stderr.count("error: ") == 1
+    assert not any((tmp_path / "run" / name).exists() for name in FILES)
+
+
+def test_a_source_that_changed_after_the_checkpoint_is_named(run_dir, tmp_path):
+    """A resume with another source has the run's last snapshot replaced, even where it trains nothing."""
+    shutil.copytree(run_dir, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    earlier = record | {"versions": record["versions"] | {"torch": "another"}}
+    (tmp_path / "run" / "args.json").write_text(json.dumps(earlier))  # of the start that only evaluates
+    assert export(tmp_path / "run", "--formats", "torch-export").stderr == ""
+    assert json.loads((tmp_path / "run" / "policy.json").read_text())["trained_with"] == record["versions"]
+    with open(tmp_path / "run" / "ppo_clip_discrete.py", "a") as source:
+        source.write("# changed\n")
+    done = export(tmp_path / "run", "--formats", "torch-export")
+    assert done.returncode == 0
+    assert done.stderr.startswith("warning: ppo_clip_discrete.py changed after the checkpoint was written: ")
+
+
 def test_an_operator_without_a_translation_is_named(run_dir, tmp_path):
     shutil.copytree(run_dir, tmp_path / "run")
     source = tmp_path / "run" / "ppo_clip_discrete.py"
@@ -791,7 +859,7 @@ def test_actions_count_from_the_environments_first():
         envs=[SimpleNamespace(action_space=space, unwrapped=None)],
     )
     assert exporter.describe_actions(envs) == {"first_action": 1, "action_meanings": ["1", "2"]}
-    one = SimpleNamespace(single_action_space=space)  # a vector environment that is not made of others
+    one = SimpleNamespace(single_action_space=space, unwrapped=None)  # a vector environment that is not made of others
     assert exporter.describe_actions(one) == {"first_action": 1, "action_meanings": ["1", "2"]}
 
 
@@ -834,7 +902,57 @@ def test_actions_are_those_of_the_environment_that_its_id_makes(tmp_path, env_id
     envs = discrete.make_envs(args, 1)
     about = exporter.describe(tmp_path, args, {}, {"global_step": 1, "agent": {}}, "", envs)
     assert (about["first_action"], about["action_meanings"]) == (first, names)
-    assert about["preprocessing"]["before_the_graph"] == "none"
+    assert about["preprocessing"]["before_the_graph"] == about["preprocessing"]["after_the_graph"] == "none"
+
+
+class Shifted(Choices):
+    def action(self, action):
+        return action
+
+
+class Delayed(gym.Wrapper):
+    pass
+
+
+def backwards(env):
+    return gym.wrappers.TransformAction(env, lambda action: 2 - action, gym.spaces.Discrete(3))
+
+
+@pytest.mark.parametrize(
+    "env, wrap, first, names, before, after",
+    [
+        ("MountainCar-v0", backwards, 0, ["0", "1", "2"], "none", "TransformAction"),
+        ("Three-v0", lambda env: Shifted(env, 2, 5), 5, ["5", "6"], "none", "Shifted"),
+        ("CartPole-v1", lambda env: gym.wrappers.TransformReward(env, lambda r: 2 * r), 0, ["0", "1"], "none", "none"),
+        (
+            "CartPole-v1",
+            lambda env: gym.wrappers.FlattenObservation(gym.wrappers.FrameStackObservation(env, 2)),
+            0,
+            ["0", "1"],
+            "FrameStackObservation, FlattenObservation",
+            "none",
+        ),
+        (
+            AcrobotEnv,
+            lambda env: gym.wrappers.ClipReward(Delayed(env), -1, 1),
+            0,
+            ["0", "1", "2"],
+            "Delayed",
+            "none",
+        ),
+    ],
+)
+def test_wrappers_that_a_source_adds_are_named(tmp_path, monkeypatch, env, wrap, first, names, before, after):
+    exporter, discrete = load(ROOT / "export_policy.py"), load(ROOT / "ppo_clip_discrete.py")
+    make = gym.make
+    args = discrete.Args(env_id=env if isinstance(env, str) else "Own-v0")
+    with monkeypatch.context() as patch:  # as a source that wraps what `gym.make` gives, or does without it
+        patch.setattr(discrete.gym, "make", lambda i, **options: wrap(make(i, **options) if i == env else env()))
+        envs = discrete.make_envs(args, 1)
+    about = exporter.describe(tmp_path, args, {}, {"global_step": 1, "agent": {}}, "", envs)
+    assert (about["first_action"], about["action_meanings"]) == (first, names)
+    wrappers = about["preprocessing"]
+    assert (wrappers["before_the_graph"], wrappers["after_the_graph"]) == (before, after)
 
 
 IMPALA = """
