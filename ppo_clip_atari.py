@@ -16,7 +16,8 @@ The canonical settings, CleanRL's:
     python ppo_clip_atari.py --env-id BreakoutNoFrameskip-v4 --num-envs 8 --num-steps 128 --num-minibatches 4 \\
         --learning-rate 2.5e-4 --clip-vloss --vf-coef 0.5 --no-norm-obs --gamma 0.99 --final-temperature 1
 
-PongNoFrameskip-v4 reaches 18 within 0.76M steps and ends at 19.1, 20.1 and 19.6 after 1.5M (seeds 1 to 3).
+With the defaults PongNoFrameskip-v4 reaches 18 within 0.76M steps and ends at 19.1, 20.1 and 19.6 after 1.5M (seeds 1
+to 3).
 """
 
 import contextlib
@@ -220,13 +221,14 @@ def make_envs(args: Args, num_envs: int, colour: bool = False) -> AtariVectorEnv
         names = "ALE/<Game>-v5 or <Game>NoFrameskip-v4, as ALE/Pong-v5"
         fail(f"--env-id {args.env_id} is no Atari game, it must be {names}; ppo_clip_discrete.py trains others")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    local_world = int(os.environ["LOCAL_WORLD_SIZE"]) if dist.is_torchelastic_launched() else 1  # ranks that share them
     look = {"grayscale": False, "img_height": 210, "img_width": 160} if colour else {}
     return gym.make_vec(
         env_id,
         num_envs=num_envs,
         stack_num=STACK,
         autoreset_mode=AutoresetMode.SAME_STEP,
-        num_threads=max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))),
+        num_threads=max(1, cores // local_world),
         repeat_action_probability=args.stickiness,
         life_loss_info=args.episodic_life,
         reward_clipping=False,  # scores are whole; collect clips
@@ -1197,6 +1199,8 @@ def train(args: Args) -> None:
     if device.type == "cuda":
         torch.set_num_threads(1)  # the host only copies frames: leave the cores to the emulators
 
+    if rank == 0:
+        say(f"starting {args.num_envs} emulators")  # a quarter of a second each
     envs = make_groups(args, device)
     agent = Agent(envs[0]).to(device)
     agent.bf16 = args.bf16 and device.type == "cpu" and bf16_is_faster()
@@ -1275,6 +1279,8 @@ def train(args: Args) -> None:
                     "recent": list(report.recent),
                     "ent_coef": ent_coef,
                     "args": dataclasses.asdict(args),
+                    "source": hashlib.sha256(SOURCE).hexdigest(),
+                    "versions": versions(),
                 }
                 save_checkpoint(run_dir, state)
         if stopping:

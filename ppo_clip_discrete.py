@@ -1167,7 +1167,7 @@ def train(args: Args) -> None:
     envs = make_envs(args, args.local_envs)
     agent = Agent(envs).to(device)
     if not args.norm_obs:
-        agent.obs_limit.fill_(torch.finfo(torch.float32).max)  # no limit, yet finite as all statistics have to be
+        agent.obs_limit.fill_(torch.finfo(torch.float32).max)  # no limit
     most = math.log(int(envs.single_action_space.n))
     if args.target_entropy is not None and args.target_entropy >= most:
         fail(f"--target-entropy must be below {most:.3f}, the entropy of the uniform policy")
@@ -1219,7 +1219,8 @@ def train(args: Args) -> None:
         losses, ent_coef = update(agent, optimizer, rollout, advantages, returns, ent_coef, args, climb)
         if args.norm_obs and not agent.one_hot:  # only between iterations: pi_old and pi must see the same inputs
             agent.obs_stats.update(rollout.obs[:-1].flatten(0, 1).flatten(1))
-        statistics = [name for name, x in agent.named_buffers() if not x.isfinite().all()]
+        stats = ((name, module.var) for name, module in agent.named_modules() if isinstance(module, RunningStats))
+        statistics = [name for name, var in stats if not var.isfinite().all()]  # as it is where the mean is not
         check_finite(iteration, losses, statistics, run_dir)
 
         global_step = iteration * args.batch_size
@@ -1243,6 +1244,8 @@ def train(args: Args) -> None:
                     "recent": list(report.recent),
                     "ent_coef": ent_coef,
                     "args": dataclasses.asdict(args),
+                    "source": hashlib.sha256(SOURCE).hexdigest(),
+                    "versions": versions(),
                 }
                 save_checkpoint(run_dir, state)
         if stopping:

@@ -451,6 +451,8 @@ def test_ranks_share_the_cores(atari, monkeypatch):
     monkeypatch.setattr(atari.gym, "make_vec", lambda *_, **settings: settings["num_threads"])
     assert atari.make_envs(tiny(atari), 4) == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert atari.make_envs(tiny(atari), 4) == 16  # another launcher's
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a job")
     assert atari.make_envs(tiny(atari), 4) == 4
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert atari.make_envs(tiny(atari), 4) == 1

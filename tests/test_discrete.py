@@ -501,6 +501,19 @@ def test_what_is_not_finite_ends_the_run_with_one_line(script, tmp_path, capsys,
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_a_network_may_hold_an_infinite_constant(script, tmp_path, monkeypatch):
+    """As a mask of attention or of actions is."""
+
+    class Masked(script.Agent):
+        def __init__(self, envs):
+            super().__init__(envs)
+            self.register_buffer("mask", torch.tensor(-math.inf))
+
+    monkeypatch.setattr(script, "Agent", Masked)
+    script.train(tiny(script, run_dir=str(tmp_path / "run")))
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 # Runs
 
 

@@ -884,7 +884,7 @@ for how in ("dies", "nan", "inf", "1e30"):
 
 @pytest.mark.parametrize(
     "how, part",
-    [("dies", "the motor fell off"), ("nan", "not finite"), ("inf", "obs_stats.mean"), ("1e30", "obs_stats.var")],
+    [("dies", "the motor fell off"), ("nan", "not finite"), ("inf", "obs_stats"), ("1e30", "obs_stats")],
 )
 def test_a_broken_environment(discrete, tmp_path, monkeypatch, capsys, how, part):
     flags = f"--env-id Broken-{how}-v0 {SMALL[DISCRETE]} --checkpoint-interval 1 --run-dir {tmp_path / 'run'}"
