@@ -11,6 +11,7 @@ The source snapshot in the run folder builds the network, so a changed copy of a
 
 import contextlib
 import hashlib
+import inspect
 import io
 import json
 import logging
@@ -340,6 +341,7 @@ def probes(obs: np.ndarray, space) -> list[np.ndarray]:
     return [np.ascontiguousarray(x, dtype=obs.dtype) for x in (obs[:256], zeros, extremes, spread)]
 
 
+@np.errstate(over="ignore", invalid="ignore")  # of infinite and masked logits
 def check_parity(reference: Runtime, files: dict[str, Runtime], probes: list[np.ndarray], uniform) -> None:
     """Each file against PyTorch on all probes at all `BATCHES`; ends with exit code 1 on a mismatch.
 
@@ -422,8 +424,9 @@ def single_env(envs):
     if type(env).__name__ == "Replayable":
         env = env.env
     inner = getattr(getattr(env, "env", None), "action_space", None)
-    if type(env) is gym.wrappers.TransformAction and (getattr(inner, "start", 0) != 0 or inner.dtype != np.int64):
-        env = env.env  # the trainer adds it there, so that the network counts from 0
+    shifted = isinstance(inner, gym.spaces.Discrete) and (inner.start != 0 or inner.dtype != np.int64)
+    if shifted and type(env) is gym.wrappers.TransformAction:  # the trainer's, so that the network counts from 0
+        env = env.env
     return env
 
 
@@ -472,13 +475,18 @@ def load_score(run_dir: Path, global_step: int) -> dict:
 def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, envs) -> dict:
     """What a deployer must know of the policy: in policy.json and inside the ONNX files."""
     if hasattr(envs, "ale"):
-        stack = envs.single_observation_space.shape[0]
+        stack, height, width = envs.single_observation_space.shape[:3]
+        default = {name: x.default for name, x in inspect.signature(type(envs)).parameters.items()}
+        made = default | (envs.spec.kwargs if envs.spec else {})
+        colour, skip = ("grey" if made["grayscale"] else "RGB"), made["frameskip"]
+        frame = f"{colour} maximum of the last two of {skip}" if made["maxpool"] else f"last of {skip}, in {colour}"
+        frame += f", resized to {width}x{height} by area"
+        begin = "FIRE where the game has it, then no-ops" if made["use_fire_reset"] else "no-ops"
         preprocessing = {
             "inside_the_graph": "scaling or running normalisation of each pixel",
-            "before_the_graph": f"the last {stack} frames, oldest first, black before a game's start; each the grey "
-            "maximum of the last two of 4, resized to 84x84 by area",
-            "game_start": "FIRE where the game has it, then no-ops, up to 29 frames in all; nothing after a lost life",
-            "frame_skip": 4,
+            "before_the_graph": f"the last {stack} frames, oldest first, black before a game's start; each the {frame}",
+            "game_start": f"{begin}, up to {max(made['noop_max'] - 1, 0)} frames in all; nothing after a lost life",
+            "frame_skip": skip,
             "repeat_action_probability": run_args.stickiness,
         }
         units = "discounted sum of rewards, each clipped to [-1, 1]"
@@ -571,7 +579,8 @@ def export(args: Args) -> None:
     try:
         run_args = trainer.Args(**record["args"])
         envs = trainer.make_envs(run_args, 1)
-        agent = trainer.Agent(envs)
+        known, takes = {"args": run_args} | vars(run_args), inspect.signature(trainer.Agent).parameters
+        agent = trainer.Agent(envs, **{name: known[name] for name in takes if name in known})
         agent.load_state_dict(state["agent"])
         policy, about = Policy(agent).eval(), describe(run_dir, run_args, record, state, checkpoint_sha256, envs)
         num_actions, space = int(envs.single_action_space.n), envs.single_observation_space

@@ -41,6 +41,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -663,7 +664,9 @@ def ask(function: Callable, *inputs: Any, **options: Any) -> Any:
     try:
         return function(*inputs, **options)
     except Exception as error:
-        fail(f"the environment died: {type(error).__name__}: {error}; checkpoints are intact", code=1)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}:{place.lineno}"
+        fail(f"the environment died: {type(error).__name__}: {error} ({where}); checkpoints are intact", code=1)
 
 
 def say(line: str) -> None:
@@ -797,6 +800,8 @@ class Graph:
         for mine, given in zip(self.inputs, inputs):
             if isinstance(mine, Tensor):
                 mine.copy_(given)
+            elif mine is not given and mine != given:
+                raise RuntimeError(f"a CUDA graph does not see that {mine} became {given}: pass it as a tensor")
         if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):

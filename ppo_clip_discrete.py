@@ -34,6 +34,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -213,7 +214,7 @@ def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
     if len(space.shape) == 3 and space.dtype == np.uint8:
         how = "copy this script, give Agent a convolutional encoder and delete this check"
         fail(f"--env-id {args.env_id} gives images {space.shape}: {how}")
-    # the first copy was made, a later one may fail
+    # the first copy was made, a later one may fail; AsyncVectorEnv would hide the environments that a checkpoint asks
     return ask(SyncVectorEnv, [make_env] * num_envs, copy=False, autoreset_mode=AutoresetMode.SAME_STEP)
 
 
@@ -595,7 +596,9 @@ def ask(function: Callable, *inputs: Any, **options: Any) -> Any:
     try:
         return function(*inputs, **options)
     except Exception as error:
-        fail(f"the environment died: {type(error).__name__}: {error}; checkpoints are intact", code=1)
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{place.filename}:{place.lineno}"
+        fail(f"the environment died: {type(error).__name__}: {error} ({where}); checkpoints are intact", code=1)
 
 
 class Replayable(gym.Wrapper):
@@ -764,6 +767,8 @@ class Graph:
         for mine, given in zip(self.inputs, inputs):
             if isinstance(mine, Tensor):
                 mine.copy_(given)
+            elif mine is not given and mine != given:
+                raise RuntimeError(f"a CUDA graph does not see that {mine} became {given}: pass it as a tensor")
         if self.calls <= 3:
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):

@@ -303,7 +303,7 @@ def train_sb3(trainer, args) -> None:
         seed=args.seed,
     )
     settings |= dict(gamma=args.gamma, gae_lambda=args.gae_lambda, clip_range=args.clip_coef, target_kl=args.target_kl)
-    settings |= dict(ent_coef=args.ent_coef, vf_coef=args.vf_coef, max_grad_norm=args.max_grad_norm)
+    settings |= dict(ent_coef=args.ent_coef, vf_coef=args.vf_coef / 2, max_grad_norm=args.max_grad_norm)
     settings |= dict(normalize_advantage=args.norm_adv, clip_range_vf=args.clip_coef if args.clip_vloss else None)
     rate = (lambda left: left * args.learning_rate) if args.anneal_lr else args.learning_rate
     device = "cuda" if args.cuda and torch.cuda.is_available() else "cpu"

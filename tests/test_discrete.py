@@ -501,6 +501,14 @@ def test_what_is_not_finite_ends_the_run_with_one_line(script, tmp_path, capsys,
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+def test_a_graph_refuses_a_changed_number(script):
+    """It would go on with the first one; CUDA is not needed to see that."""
+    graph = script.Graph.__new__(script.Graph)
+    graph.calls, graph.inputs = 1, [0.1]
+    with pytest.raises(RuntimeError, match="a CUDA graph does not see"):
+        graph(0.2)
+
+
 def test_a_network_may_hold_an_infinite_constant(script, tmp_path, monkeypatch):
     """As a mask of attention or of actions is."""
 

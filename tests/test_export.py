@@ -914,6 +914,10 @@ class Delayed(gym.Wrapper):
     pass
 
 
+def few_torques(env):
+    return gym.wrappers.TransformAction(env, lambda action: np.float32([action - 1]), gym.spaces.Discrete(3))
+
+
 def backwards(env):
     return gym.wrappers.TransformAction(env, lambda action: 2 - action, gym.spaces.Discrete(3))
 
@@ -922,6 +926,7 @@ def backwards(env):
     "env, wrap, first, names, before, after",
     [
         ("MountainCar-v0", backwards, 0, ["0", "1", "2"], "none", "TransformAction"),
+        ("Pendulum-v1", few_torques, 0, ["0", "1", "2"], "none", "TransformAction"),
         ("Three-v0", lambda env: Shifted(env, 2, 5), 5, ["5", "6"], "none", "Shifted"),
         ("CartPole-v1", lambda env: gym.wrappers.TransformReward(env, lambda r: 2 * r), 0, ["0", "1"], "none", "none"),
         (
@@ -953,6 +958,46 @@ def test_wrappers_that_a_source_adds_are_named(tmp_path, monkeypatch, env, wrap,
     assert (about["first_action"], about["action_meanings"]) == (first, names)
     wrappers = about["preprocessing"]
     assert (wrappers["before_the_graph"], wrappers["after_the_graph"]) == (before, after)
+
+
+def test_atari_frames_are_described_as_the_source_makes_them(tmp_path):
+    exporter, atari = load(ROOT / "export_policy.py"), load(ROOT / "ppo_clip_atari.py")
+    changed = {"img_height": 64, "img_width": 48, "stack_num": 2, "frameskip": 3, "noop_max": 0}
+    changed |= {"use_fire_reset": False, "grayscale": False}
+    told = []
+    for options in ({}, changed, {"maxpool": False}):
+        envs = gym.make_vec("ALE/Pong-v5", num_envs=1, **options)
+        state = {"global_step": 1, "agent": {}}
+        told.append(exporter.describe(tmp_path, atari.Args(), {}, state, "", envs)["preprocessing"])
+        envs.close()
+    assert "the last 4 frames" in told[0]["before_the_graph"] and "84x84" in told[0]["before_the_graph"]
+    assert "the grey maximum of the last two of 4" in told[0]["before_the_graph"] and told[0]["frame_skip"] == 4
+    assert told[0]["game_start"].startswith("FIRE where the game has it, then no-ops, up to 29 frames")
+    assert "the last 2 frames" in told[1]["before_the_graph"] and "48x64" in told[1]["before_the_graph"]
+    assert "the RGB maximum of the last two of 3" in told[1]["before_the_graph"] and told[1]["frame_skip"] == 3
+    assert told[1]["game_start"].startswith("no-ops, up to 0 frames")
+    assert "the last of 4, in grey" in told[2]["before_the_graph"]
+
+
+def test_a_network_whose_size_is_a_flag_exports(tmp_path):
+    source = (ROOT / "ppo_clip_discrete.py").read_text()
+    changes = [
+        ("hidden: int = 64)", "hidden: int, args: Args)"),
+        ("agent = Agent(envs)", "agent = Agent(envs, args.hidden, args)"),
+        ("    # Learning\n", "    # Learning\n    hidden: int = 64  # hidden units\n"),
+    ]
+    for old, new in changes:
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (tmp_path / "my_ppo.py").write_text(source)
+    flags = "--hidden 32 --num-envs 8 --total-timesteps 512 --eval-episodes 0 --no-cuda --run-dir"
+    command = [sys.executable, tmp_path / "my_ppo.py", *flags.split(), tmp_path / "run"]
+    subprocess.run(command, check=True, timeout=120)
+    done = export(tmp_path / "run", "--formats", "onnx")
+    assert done.returncode == 0, done.stderr
+    weights = onnx.load(tmp_path / "run" / "policy.onnx").graph.initializer
+    assert sorted(w.dims[0] for w in weights if w.name.endswith("head.weight")) == [1, 2]
+    assert {w.dims[1] for w in weights if w.name.endswith("head.weight")} == {32}
 
 
 IMPALA = """

@@ -893,6 +893,7 @@ def test_a_broken_environment(discrete, tmp_path, monkeypatch, capsys, how, part
         discrete.train(discrete.parse_args())
     err = capsys.readouterr().err
     assert stop.value.code == 1 and err.startswith("error: ") and err.count("\n") == 1 and part in err
+    assert how != "dies" or re.search(r"ValueError: the motor fell off \(\S+test_survival.py:\d+\); checkp", err)
     state = checkpoint(tmp_path / "run")
     assert state["iteration"] == 6
     assert all(torch.isfinite(value).all() for value in state["agent"].values())
