@@ -476,7 +476,7 @@ def describe(run_dir: Path, run_args, record: dict, state: dict, sha256: str, en
     """What a deployer must know of the policy: in policy.json and inside the ONNX files."""
     if hasattr(envs, "ale"):
         stack, height, width = envs.single_observation_space.shape[:3]
-        default = {name: x.default for name, x in inspect.signature(type(envs)).parameters.items()}
+        default = {name: x.default for name, x in inspect.signature(type(envs.unwrapped)).parameters.items()}
         made = default | (envs.spec.kwargs if envs.spec else {})
         colour, skip = ("grey" if made["grayscale"] else "RGB"), made["frameskip"]
         frame = f"{colour} maximum of the last two of {skip}" if made["maxpool"] else f"last of {skip}, in {colour}"

@@ -471,13 +471,11 @@ def test_a_score_of_a_later_policy_is_not_this_ones(exporter, tmp_path):
 def test_units_and_mode_are_told_as_they_are(exporter, tmp_path):
     state = {"global_step": 1, "agent": {"return_stats.var": torch.tensor(4.0)}}
     args = SimpleNamespace(env_id="x", seed=7, gamma=0.9, stickiness=0.5, episodic_life=False, norm_reward=False)
-    actions = SimpleNamespace(get_action_set=lambda: [SimpleNamespace(name="NOOP")])
-    space = SimpleNamespace(shape=(4, 84, 84))
-    atari = SimpleNamespace(ale=actions, single_observation_space=space)
-    about = exporter.describe(tmp_path, args, {}, state, "", atari)
+    atari = load(ROOT / "ppo_clip_atari.py")
+    about = exporter.describe(tmp_path, args, {}, state, "", atari.make_envs(atari.Args(), 1))
     assert about["value_units"] == "discounted sum of rewards, each clipped to [-1, 1]"
     assert about["seed"] == 7 and about["gamma"] == 0.9
-    discrete = SimpleNamespace(single_action_space=SimpleNamespace(n=2))
+    discrete = SimpleNamespace(single_action_space=SimpleNamespace(n=2), unwrapped=None)
     assert exporter.describe(tmp_path, args, {}, state, "", discrete)["value_units"] == "discounted sum of rewards"
     args.norm_reward = True
     assert "each divided by 2, " in exporter.describe(tmp_path, args, {}, state, "", discrete)["value_units"]
@@ -487,7 +485,7 @@ def test_units_and_mode_are_told_as_they_are(exporter, tmp_path):
 
 
 def test_what_trained_the_policy_is_told_and_not_what_exports_it(exporter, tmp_path):
-    discrete = SimpleNamespace(single_action_space=SimpleNamespace(n=2))
+    discrete = SimpleNamespace(single_action_space=SimpleNamespace(n=2), unwrapped=None)
     args = SimpleNamespace(env_id="x", seed=7, gamma=0.9)
     versions = {"python": "3.10", "torch": "2.6"}
     about = exporter.describe(tmp_path, args, {"versions": versions}, {"global_step": 1}, "abc", discrete)
