@@ -573,7 +573,7 @@ def export(args: Args) -> None:
     torch.manual_seed(1)
     source = (run_dir / Path(record["script"]).name).resolve()
     trainer = load_trainer(source, record)
-    if state.get("source", "") not in ("", hashlib.sha256(source.read_bytes()).hexdigest()):
+    if state.get("source") not in (None, hashlib.sha256(source.read_bytes()).hexdigest()):
         how = "if its network is another, resume the run with the source that trained it, then export"
         print(f"warning: {source.name} changed after the checkpoint was written: {how}", file=sys.stderr)
     try:
