@@ -203,7 +203,7 @@ def make_envs(args: Args, num_envs: int, **rendering: str) -> VectorEnv:
             if not isinstance(picture, np.ndarray) or picture.ndim != 3:
                 raise TypeError("render() gives no picture (height, width, 3)")
         env.close()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         film = " for --capture-video" * bool(rendering)
         fail(f"--env-id {args.env_id} cannot be made{film}: {type(error).__name__}: {error}")
     if not isinstance(env.action_space, gym.spaces.Discrete):
@@ -281,7 +281,7 @@ class Episodes:
         """One dict an environment."""
         return [
             {
-                "obs": torch.tensor(self.obs[n]),
+                "obs": torch.from_numpy(np.array(self.obs[n])),
                 "return": float(self.returns[n]),
                 "length": int(self.lengths[n]),
                 "discounted": float(self.discounted[n]),
@@ -595,7 +595,9 @@ def ask(function: Callable, *inputs: Any, **options: Any) -> Any:
     """What an environment's `function` returns; an exception in it ends the run with a one-line error."""
     try:
         return function(*inputs, **options)
-    except Exception as error:
+    except MemoryError:
+        raise
+    except (Exception, SystemExit) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{place.filename}:{place.lineno}"
         fail(f"the environment died: {type(error).__name__}: {error} ({where}); checkpoints are intact", code=1)
@@ -814,7 +816,8 @@ def save_checkpoint(run_dir: Path, state: dict) -> None:
 
 def load_checkpoint(run_dir: Path) -> dict | None:
     """The newest good checkpoint, or None if none was written yet. Never runs code from the file."""
-    (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # a folder that cannot be written is told of later
+        (run_dir / "checkpoint.pt.tmp").unlink(missing_ok=True)
     damaged = []
     for path in filter(Path.exists, (run_dir / "checkpoint.pt", run_dir / "checkpoint.prev.pt")):
         try:
@@ -831,7 +834,10 @@ def load_checkpoint(run_dir: Path) -> dict | None:
             print(f"warning: {path} is damaged: {' '.join(str(error).split())[:80]}", file=sys.stderr)
             continue
         for name in damaged:  # or the next save would rotate it over this good one
-            os.replace(run_dir / name, run_dir / f"{name}.damaged")
+            try:
+                os.replace(run_dir / name, run_dir / f"{name}.damaged")
+            except OSError as error:
+                fail(f"{run_dir} cannot be written: {error.strerror}")
         return state
     if damaged:
         fail(f"{run_dir} has no good checkpoint: {' and '.join(damaged)} damaged; start a new run")
@@ -901,7 +907,7 @@ def open_run(args: Args) -> Path:
     try:
         if args.resume:
             before = json.loads(record_path.read_text())
-            starts = record["earlier_starts"] = before.get("earlier_starts", [])
+            starts = record["earlier_starts"] = before.get("earlier_starts") or []
             starts.append({key: before[key] for key in ("script", "command", "commit", "versions") if key in before})
             if not snapshot.exists() or snapshot.read_bytes() != SOURCE:
                 print(f"warning: {snapshot.name} is not the source that began this run", file=sys.stderr)
@@ -1079,8 +1085,12 @@ class Report:
         self.timed, self.earlier = timed, timed  # [steps, seconds] of all starts, and of those before this one
         self.recent: deque[float] = deque(recent, maxlen=100)  # scores of the last episodes
         self.skip = 2  # warm-up iterations that no speed counts
-        self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
         threading.excepthook = lambda error: None  # the writer's thread: its errors resurface in `iteration`
+        try:
+            self.writer = SummaryWriter(run_dir, purge_step=global_step + 1 if args.resume else None)
+        except OSError as error:
+            how = f"fix that, then --resume {run_dir}"
+            fail(f"cannot write the TensorBoard log in {run_dir}: {error.strerror}; {how}", code=1)
         self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=None)
         self.tick = self.last_line = time.time()
 
@@ -1149,11 +1159,13 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
     if args.capture_video:
         from moviepy import VideoFileClip  # slow to import
 
-        video = run_dir / "video.mp4"
+        video, film = run_dir / "video.mp4", run_dir / "video.tmp.mp4"
         try:
-            record_video(agent, args, video, device)
-            VideoFileClip(str(video)).close()  # opens only a whole film; moviepy overlooks ffmpeg's exit status
+            record_video(agent, args, film, device)
+            VideoFileClip(str(film)).close()  # opens only a whole film; moviepy overlooks ffmpeg's exit status
+            os.replace(film, video)
         except Exception as error:  # moviepy raises bare ones
+            film.unlink(missing_ok=True)
             fail(f"cannot film {video}, is the disk full? All else is complete: {error}", code=1)
         say(f"video: {video}")
 
@@ -1187,6 +1199,8 @@ def train(args: Args) -> None:
     state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
     if state is not None:
         try:
+            if (state["global_step"], len(state["episodes"])) != (state["iteration"] * args.batch_size, args.num_envs):
+                raise ValueError("its --num-envs or --num-steps are others")
             agent.load_state_dict(state["agent"])
             optimizer.load_state_dict(state["optimizer"])
             episodes.load_state_dict(state["episodes"][mine])
@@ -1282,4 +1296,5 @@ if __name__ == "__main__":
         if not isinstance(error, MemoryError) and not re.search(scarce, str(error)):
             raise
         what = " ".join(str(error).split())[:100] or "MemoryError"
-        fail(f"out of memory: raise --num-minibatches, or lower --num-envs or --num-steps ({what})", code=1)
+        how = "raise --num-minibatches, or lower --num-envs, --num-steps or --eval-episodes"
+        fail(f"out of memory: {how} ({what})", code=1)

@@ -676,9 +676,10 @@ def test_a_file_system_that_cannot_sync_a_folder(discrete, tmp_path, monkeypatch
 def test_a_film_that_cannot_be_written(discrete, finished, tmp_path, monkeypatch, capsys, error):
     film = tmp_path / "run" / "video.mp4"
     shutil.copytree(finished, tmp_path / "run")
+    film.write_bytes(b"an earlier one")
 
     def full(path, **_):
-        film.write_bytes(b"its beginning")
+        Path(path).write_bytes(b"its beginning")
         if error:
             raise error
 
@@ -690,9 +691,34 @@ def test_a_film_that_cannot_be_written(discrete, finished, tmp_path, monkeypatch
     out, err = capsys.readouterr()
     assert err.startswith(f"error: cannot film {film}, is the disk full?") and err.count("\n") == 1
     assert "evaluation: " in out and "video: " not in out
+    assert film.read_bytes() == b"an earlier one" and not list(film.parent.glob("*.tmp*"))
 
 
-OUT_OF_MEMORY = "error: out of memory: raise --num-minibatches, or lower --num-envs or --num-steps"
+@pytest.mark.parametrize("changed", [{"num_envs": 16}, {"num_envs": 4}, {"num_steps": 32}], ids=str)
+def test_a_checkpoint_of_another_shape_is_refused(discrete, finished, tmp_path, monkeypatch, capsys, changed):
+    shutil.copytree(finished, tmp_path / "run")
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    (tmp_path / "run" / "args.json").write_text(json.dumps(record | {"args": record["args"] | changed}))
+    monkeypatch.setattr(sys, "argv", [str(DISCRETE), "--resume", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="2"):
+        discrete.train(discrete.parse_args())
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "its --num-envs or --num-steps are others" in err
+
+
+def test_a_log_that_cannot_be_begun_ends_in_one_line(discrete, tmp_path, monkeypatch, capsys):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(discrete, "SummaryWriter", full)
+    monkeypatch.setattr(sys, "argv", [str(DISCRETE), *SMALL[DISCRETE].split(), "--run-dir", str(tmp_path / "run")])
+    with pytest.raises(SystemExit, match="1"):
+        discrete.train(discrete.parse_args())
+    err = capsys.readouterr().err
+    assert err.startswith("error: cannot write the TensorBoard log") and err.count("\n") == 1
+
+
+OUT_OF_MEMORY = "error: out of memory: raise --num-minibatches, or lower --num-envs, --num-steps or --eval-episodes"
 LIMITED = r"""
 import re, resource, runpy, sys
 import ale_py.vector_env, torch
@@ -874,17 +900,25 @@ class Broken(gym.Env):
         self.steps += 1
         if self.steps >= 100 and self.how == "dies":
             raise ValueError("the motor fell off")
+        if self.steps >= 100 and self.how == "quits":
+            sys.exit()
         observed = float(self.how) if self.steps >= 100 and self.how != "dies" else 0.5
         return np.full(2, observed, np.float32), 1.0, False, self.steps % 10 == 0, {}
 
 
-for how in ("dies", "nan", "inf", "1e30"):
+for how in ("dies", "quits", "nan", "inf", "1e30"):
     gym.register(f"Broken-{how}-v0", Broken, kwargs={"how": how})
 
 
 @pytest.mark.parametrize(
     "how, part",
-    [("dies", "the motor fell off"), ("nan", "not finite"), ("inf", "obs_stats"), ("1e30", "obs_stats")],
+    [
+        ("dies", "the motor fell off"),
+        ("quits", "SystemExit"),
+        ("nan", "not finite"),
+        ("inf", "obs_stats"),
+        ("1e30", "obs_stats"),
+    ],
 )
 def test_a_broken_environment(discrete, tmp_path, monkeypatch, capsys, how, part):
     flags = f"--env-id Broken-{how}-v0 {SMALL[DISCRETE]} --checkpoint-interval 1 --run-dir {tmp_path / 'run'}"
