@@ -716,6 +716,30 @@ def test_numbers_of_few_bits(script, dtype):
     assert len(set(scores)) > 1 and all(1 <= score < 9 for score in scores)  # infinite only after the counted episode
 
 
+class Wide(gym.Env):
+    observation_space, action_space = gym.spaces.Discrete(9, dtype=np.uint64), gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.uint64(3), {}
+
+    def step(self, action):
+        return np.uint64(4 + action), 1.0, False, False, {}
+
+
+gym.register("Wide-v0", Wide)
+
+
+def test_unsigned_numbers_of_many_bits_are_saved(script, capsys):
+    args = tiny(script, env_id="Wide-v0")
+    agent, _, episodes, rollout = start(script, args)
+    script.collect(agent, episodes, rollout, args)
+    obs = episodes.obs.copy()
+    episodes.load_state_dict(episodes.state_dict())
+    np.testing.assert_array_equal(episodes.obs, obs)
+    assert obs.dtype == np.uint64 and obs.min() >= 4 and capsys.readouterr().err == ""
+
+
 def test_an_observation_outside_its_space(script, tmp_path, capsys):
     with pytest.raises(SystemExit, match="1"):
         script.train(tiny(script, env_id="Lost-v0", run_dir=str(tmp_path / "run")))
