@@ -1066,8 +1066,8 @@ def catch_signals() -> list[int]:
     def catch(number: int, _: Any) -> None:
         nonlocal first
         if not caught:
-            first = time.time()
-        elif time.time() - first > 0.5:
+            first = time.monotonic()
+        elif time.monotonic() - first > 0.5:
             os._exit(128 + number)
         caught.append(number)
 
@@ -1092,11 +1092,11 @@ class Report:
             how = f"fix that, then --resume {run_dir}"
             fail(f"cannot write the TensorBoard log in {run_dir}: {error.strerror}; {how}", code=1)
         self.bar = tqdm(total=self.total, initial=global_step, unit="step", file=sys.stdout, disable=None)
-        self.tick = self.last_line = time.time()
+        self.tick = self.last_line = time.monotonic()
 
     def iteration(self, global_step: int, charts: dict, losses: dict, ended: list[tuple[float, int]]) -> None:
         """Writes one iteration's numbers; `ended` has return and length of each episode that ended in it."""
-        now = time.time()
+        now = time.monotonic()
         self.skip -= 1
         if self.skip < 0:
             self.timed = [self.timed[0] + global_step - self.step, self.timed[1] + now - self.tick]
@@ -1142,7 +1142,7 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
         "eval_return_std": float(np.std(scores)) if scores else None,
         "eval_episodes": len(scores),
         "global_step": args.num_iterations * args.batch_size,
-        "wall_seconds": time.time() - started,
+        "wall_seconds": time.monotonic() - started,
         "sps": report.timed[0] / report.timed[1] if report.timed[0] else None,
         "seed": args.seed,
         "env_id": args.env_id,
@@ -1172,9 +1172,10 @@ def finish(agent: Agent, args: Args, run_dir: Path, device: torch.device, starte
 
 def train(args: Args) -> None:
     """Algorithm 1 of Schulman et al. 2017: play, estimate advantages, climb L for K epochs, and again."""
-    started = time.time()
+    started = time.monotonic()
     device = start_ranks(args)
     rank, world = ranks()
+    state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
     seed_all(args.seed)  # same initial network on every rank
     torch.backends.cudnn.deterministic = args.torch_deterministic
     torch.set_num_threads(1)  # the network is too small to share between cores
@@ -1196,7 +1197,6 @@ def train(args: Args) -> None:
     final_temperature = args.final_temperature if args.target_entropy is None else 1.0  # c2 alone sets the entropy
     resumed, timed, recent = 0, [0, 0.0], []  # iterations, time and scores of earlier starts
 
-    state = from_rank_0(lambda: load_checkpoint(lock_run_dir(Path(args.resume)))) if args.resume else None
     if state is not None:
         try:
             if (state["global_step"], len(state["episodes"])) != (state["iteration"] * args.batch_size, args.num_envs):
@@ -1258,7 +1258,7 @@ def train(args: Args) -> None:
                     "random": list(random_states),  # of every rank
                     "iteration": iteration,
                     "global_step": global_step,
-                    "seconds": time.time() - started,
+                    "seconds": time.monotonic() - started,
                     "timed": report.timed,
                     "recent": list(report.recent),
                     "ent_coef": ent_coef,

@@ -309,7 +309,7 @@ def test_checkpoints_come_at_their_interval_and_hold_the_time(trainer, tmp_path,
 def test_the_result_is_of_the_evaluation(trainer, tmp_path, monkeypatch, capsys):
     def finish(**changes):
         args = trainer.Args(seed=7, total_timesteps=20_000, **changes)
-        trainer.finish(None, args, tmp_path, torch.device("cpu"), time.time() - 50, report)
+        trainer.finish(None, args, tmp_path, torch.device("cpu"), time.monotonic() - 50, report)
         return json.loads((tmp_path / "result.json").read_text()), args
 
     report = SimpleNamespace(timed=[3000, 2.0])
@@ -539,6 +539,17 @@ def test_one_process_a_run_folder(finished, tmp_path, resumed):
     assert err == f"error: another process trains in {tmp_path}: stop it, or choose another --run-dir\n"
     first.terminate()
     assert first.wait(timeout=60) == 128 + signal.SIGTERM
+
+
+def test_a_folder_that_cannot_be_resumed_is_told_before_environments_start(trainer, tmp_path, monkeypatch, capsys):
+    """Atari's emulators take a quarter of a minute."""
+    monkeypatch.setattr(trainer, "make_envs", lambda *_, **__: pytest.fail("environments were made"))
+    (tmp_path / "checkpoint.pt").write_bytes(b"damaged")
+    with pytest.raises(SystemExit, match="2"):
+        trainer.train(trainer.Args(resume=str(tmp_path)))
+    assert lines(capsys.readouterr().err, "error: ") == [
+        f"error: {tmp_path} has no good checkpoint: checkpoint.pt damaged; start a new run"
+    ]
 
 
 def test_a_run_folder_that_cannot_be_written(discrete, capsys):
