@@ -186,8 +186,8 @@ class Agent(nn.Module):
             layer_init(nn.Conv2d(32, 64, 4, stride=2)),
             nn.ReLU(),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
-            nn.ReLU(),
             nn.Flatten(),
+            nn.ReLU(),  # flattened first, its gradient has one memory layout
             layer_init(nn.Linear(64 * 7 * 7, 512)),
             nn.ReLU(),
         )
