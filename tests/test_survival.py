@@ -229,7 +229,7 @@ def test_a_signal_that_torchrun_forwards_does_not_count_twice(trainer, monkeypat
 
     now = [1000.0]
     monkeypatch.setattr(trainer.os, "_exit", end)
-    monkeypatch.setattr(trainer.time, "time", lambda: now[0])
+    monkeypatch.setattr(trainer.time, "monotonic", lambda: now[0])
     caught = trainer.catch_signals()
     os.kill(os.getpid(), signal.SIGINT)
     now[0] += 0.4
