@@ -370,6 +370,15 @@ def test_a_step_out_of_the_trust_region_is_the_updates_last(script, monkeypatch,
     assert len(epochs) > 1 if target_kl == 0.01 else smallest < 1 / 16
 
 
+def test_a_step_that_ten_halvings_leave_outside_the_trust_region_is_not_made(script):
+    args = tiny(script, learning_rate=1.0, target_kl=1e-12)
+    state = start(script, args)
+    before = state[1].weights.clone()
+    metrics, _ = iterate_without_statistics(script, state, args)
+    assert metrics["step_fraction"] == 0.0 and torch.equal(state[1].weights, before)
+    assert metrics["kl_after_update"] == pytest.approx(0.0, abs=1e-6)
+
+
 @pytest.mark.parametrize("target", [0.3, 0.5, None])
 def test_entropy_is_held_near_its_target(script, tmp_path, monkeypatch, target):
     """In a whole run, whose temperature stays 1. Without the bonus the entropy ends below 0.2 nats."""
