@@ -405,7 +405,7 @@ def collect(agent: Agent, episodes: Episodes, rollout: Rollout, args: Args, act:
         rewards[t, part], terminated[t, part], truncated[t, part] = reward.clip(-1, 1), lost, cut
         over = episodes.add(group, reward, info["episode_frame_number"])
         history[t + 1, part] = np.where(over, 0, np.minimum(history[t, part] + 1, STACK - 1))
-        for n in np.flatnonzero(cut & ~lost):
+        for n in np.flatnonzero(cut):
             final_obs[t, part.start + int(n)] = info["final_obs"][n]
         episodes.obs[group] = obs
         steps[group] = t + 1

@@ -458,21 +458,29 @@ def test_ranks_share_the_cores(atari, monkeypatch):
     assert atari.make_envs(tiny(atari), 4) == 1
 
 
-def test_evaluation_counts_whole_games_unclipped(atari, monkeypatch):
+def test_evaluation_counts_one_whole_game_each_unclipped(atari, monkeypatch):
     step, life, over = (1, False, False, False), (0, True, False, False), (7, True, False, True)
     asked = []
 
+    def join(results):
+        """Of two vectors of one environment each, as one of two would give it."""
+        *arrays, infos = zip(*results)
+        number = np.concatenate([info["episode_frame_number"] for info in infos])
+        return *map(np.concatenate, arrays), {"episode_frame_number": number}
+
     def scripted(args, num_envs):
-        envs = ScriptedGame(atari.STACK, [step, life, step, over, step, over], num_envs)
-        begin, played = envs.reset, envs.recv
-        envs.reset = lambda seed: asked.extend(seed) or begin()
-        envs.step = lambda actions: envs.send(actions) or played()
-        envs.close = lambda: None
-        return envs
+        scripts = [step, life, step, over], [step, over, step, over]
+        games = [ScriptedGame(atari.STACK, script) for script in scripts]
+        return SimpleNamespace(
+            reset=lambda seed: asked.extend(seed) or join([game.reset() for game in games]),
+            step=lambda actions: join([game.send(actions) or game.recv() for game in games]),
+            close=lambda: None,
+        )
 
     agent = atari.Agent(ScriptedGame(atari.STACK, []))
     monkeypatch.setattr(atari, "make_envs", scripted)
-    assert atari.evaluate(agent, tiny(atari), 2, CPU) == [9.0, 9.0]  # over the lost life, to the end, with the 7
+    # over the lost life to the end, with the 7; and nothing of the games after the first
+    assert atari.evaluate(agent, tiny(atari), 2, CPU) == [9.0, 8.0]
     assert not set(asked) & set(atari.env_seeds(1, 0, 64))
 
 
