@@ -908,7 +908,9 @@ def test_a_run_folder_is_taken_once(script, tmp_path, monkeypatch, capsys):
     mine = tmp_path / "own" / Path(script.__file__).name
     mine.write_text("# not the trainer\n")
     script.open_run(tiny(script, run_dir=str(tmp_path / "run")))
-    for taken in ("run", "own"):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "checkpoint.pt").write_bytes(b"of another program")
+    for taken in ("run", "own", "other"):
         with pytest.raises(SystemExit, match="2"):
             script.open_run(tiny(script, run_dir=str(tmp_path / taken)))
         assert "is taken" in capsys.readouterr().err
