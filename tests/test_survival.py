@@ -375,7 +375,9 @@ def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, mon
     flags = f"{SMALL[ATARI]} --update-epochs 2 --target-entropy 1 --final-temperature 0.25 --total-timesteps 96"
     flags += f" --run-dir {tmp_path / 'run'}"
     monkeypatch.setattr(sys, "argv", [str(ATARI), *flags.split()])
-    atari_trainer.train(atari_trainer.parse_args())
+    with monkeypatch.context() as patch:  # no whole game ends so soon
+        patch.setattr(atari_trainer.Episodes, "take_ended", lambda self: [(7.0, 3)])
+        atari_trainer.train(atari_trainer.parse_args())
     saved = checkpoint(tmp_path / "run")
     seen = {}
 
@@ -388,7 +390,7 @@ def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, mon
 
     class Report(atari_trainer.Report):
         def __init__(self, args, run_dir, global_step, timed, recent):
-            seen["recent"] = recent
+            seen.update(recent=recent, timed=timed)
             super().__init__(args, run_dir, global_step, timed, recent)
 
     monkeypatch.setattr(atari_trainer, "Report", Report)
@@ -407,7 +409,8 @@ def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, mon
     assert seen["random"]["python"] == saved_random["python"]
     assert torch.equal(seen["random"]["numpy"][1], saved_random["numpy"][1])
     assert not seen["episodes"].returns.any() and not seen["episodes"].lengths.any()  # the cut games do not count
-    assert seen["recent"] == saved["recent"]
+    assert (seen["recent"], seen["timed"]) == (saved["recent"], saved["timed"])
+    assert saved["recent"] == [7.0] * 3 and saved["timed"][0] == 32  # of the third iteration
     assert set(seen["episodes"].seeds).isdisjoint(state["seed"] for state in saved["episodes"])  # other games
 
 
@@ -789,6 +792,7 @@ def test_the_snapshot_is_the_source_that_ran(script, tmp_path):
     assert (tmp_path / "edited.py").read_text() == early + "# edited"
     recorded = json.loads((tmp_path / "run" / "args.json").read_text())["script"]
     assert (tmp_path / "run" / Path(recorded).name).read_text() == early
+    assert checkpoint(tmp_path / "run")["source"] == hashlib.sha256(early.encode()).hexdigest()
 
 
 def test_full_disk_while_tensorboard_writes(tmp_path):
