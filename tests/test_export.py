@@ -925,7 +925,7 @@ def backwards(env):
     [
         ("MountainCar-v0", backwards, 0, ["0", "1", "2"], "none", "TransformAction"),
         ("Pendulum-v1", few_torques, 0, ["0", "1", "2"], "none", "TransformAction"),
-        ("Three-v0", lambda env: Shifted(env, 2, 5), 5, ["5", "6"], "none", "Shifted"),
+        ("Three-v0", lambda env: Shifted(env, 3, 5), 5, ["5", "6", "7"], "none", "Shifted"),
         ("CartPole-v1", lambda env: gym.wrappers.TransformReward(env, lambda r: 2 * r), 0, ["0", "1"], "none", "none"),
         (
             "CartPole-v1",
@@ -937,7 +937,7 @@ def backwards(env):
         ),
         (
             AcrobotEnv,
-            lambda env: gym.wrappers.ClipReward(Delayed(env), -1, 1),
+            lambda env: gym.wrappers.ClipReward(Delayed(gym.wrappers.TimeLimit(env, 9)), -1, 1),
             0,
             ["0", "1", "2"],
             "Delayed",
