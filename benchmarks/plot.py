@@ -51,6 +51,7 @@ LEARNING = {
         ("BeamRiderNoFrameskip-v4", "BeamRider", 2478),
         ("QbertNoFrameskip-v4", "Qbert", 17246),
         ("SpaceInvadersNoFrameskip-v4", "SpaceInvaders", 1189),
+        ("SeaquestNoFrameskip-v4", "Seaquest", 1240),
     ],
 }
 
