@@ -687,11 +687,12 @@ def test_a_forward_that_branches_is_named(run_dir, tmp_path):
     "change, line",
     [
         ("features = features + torch.zeros(len(x), 1)", "it fixes the batch size, as len(x)"),
+        ("return self.policy_head(features), features.new_zeros(2)", "the batch of `value` is fixed"),
         ("features = features + F.embedding(obs.long() + 64, x.new_ones(128, 1))[:, 0]", "does not take every"),
     ],
 )
 def test_what_forward_does_not_take_ends_in_one_line(run_dir, tmp_path, change, line):
-    """A fixed batch; a table that is too small for what the space, not play, may hold."""
+    """A fixed batch, of the features or of an output; a table too small for what the space, not play, may hold."""
     shutil.copytree(run_dir, tmp_path / "run")
     source = tmp_path / "run" / "ppo_clip_discrete.py"
     end = "        return self.policy_head(features)"
