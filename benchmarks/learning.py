@@ -24,6 +24,7 @@ import os
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -60,7 +61,9 @@ def hardware() -> str:
 
 
 def commit(folder: Path = ROOT) -> str | None:
-    """The commit that is checked out in `folder`."""
+    """The commit that is checked out in `folder`; None without git."""
+    if not shutil.which("git"):
+        return None
     git = ["git", "-C", str(folder), "rev-parse", "HEAD"]
     return subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
 

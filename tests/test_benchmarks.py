@@ -59,6 +59,11 @@ def test_a_command_line_that_cannot_work_leaves_the_record_as_it_was(tmp_path):
     assert line.startswith("error: --total-timesteps must be at least one rollout")
 
 
+def test_a_record_needs_no_git(learning, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert learning.about({})["commit"] is None
+
+
 @pytest.mark.parametrize(
     "scores, reached, held",
     [([1, 18, 17, 18, 19], 2, 4), ([20, 19, 18], 1, 1), ([1, 2, 18], 3, 3), ([18, 17], 1, None), ([1, 2], None, None)],

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -239,7 +240,7 @@ def start(tmp_path, script, *flags, restarts=0):
     while not (tmp_path / "run" / "checkpoint.prev.pt").exists():
         assert process.poll() is None and time.time() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.01)
-    children = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True).stdout
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()  # no `ps` on a slim image
     pids = sorted(int(pid) for pid in children.split())
     assert len(pids) == 2
     return process, pids

@@ -355,6 +355,7 @@ def test_every_start_and_every_source_of_a_run_is_kept(trainer, tmp_path, monkey
     assert (run_dir / f"{stem}.py").read_bytes() == b"# source 2"
 
 
+@pytest.mark.skipif(not shutil.which("git"), reason="no git")
 @pytest.mark.parametrize("path", [DISCRETE, ATARI], ids=lambda path: path.stem)
 def test_the_commit_is_the_scripts(path, tmp_path, monkeypatch):
     """Not that of the folder where it is started."""
@@ -369,6 +370,13 @@ def test_the_commit_is_the_scripts(path, tmp_path, monkeypatch):
     git = ["git", "-C", str(tmp_path / "script"), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     assert json.loads((run_dir / "args.json").read_text())["commit"] == commit
+
+
+def test_a_run_needs_no_git(trainer, tmp_path, monkeypatch):
+    """A slim image has none."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    run_dir = trainer.open_run(small(trainer, tmp_path / "run"))
+    assert json.loads((run_dir / "args.json").read_text())["commit"] is None
 
 
 def test_atari_resumes_everything_but_the_emulators(atari_trainer, tmp_path, monkeypatch, capsys):
