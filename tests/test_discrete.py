@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 SCRIPT = ROOT / "ppo_clip_discrete.py"
 CPU = torch.device("cpu")
-BOX2D = pytest.mark.skipif(not importlib.util.find_spec("Box2D"), reason="no Box2D, which has no wheel for Python 3.14")
+BOX2D = pytest.mark.skipif(not importlib.util.find_spec("Box2D"), reason="no Box2D, which lacks some wheels")
 
 
 class Scripted(gym.Env):
