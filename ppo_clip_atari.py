@@ -166,6 +166,23 @@ class RunningStats(nn.Module):
         self.count += count
 
 
+class StridedConv2d(nn.Conv2d):
+    """A convolution whose kernel is a multiple of its stride s, without padding: (B, C, H, W) -> (B, C', H', W').
+
+    On a CPU it takes s columns of the picture as s * C channels, channels last the same memory, and moves by 1 along a
+    row: the same products, but in bfloat16 oneDNN's gradients of them take a fifth to a half less time. An exported
+    network (in `eval` mode) and one on a GPU have the plain convolution.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda or not self.training:
+            return super().forward(x)
+        s = self.stride[1]
+        x, weight = (y[..., : y.shape[3] // s * s].permute(0, 2, 3, 1).unflatten(2, (-1, s)) for y in (x, self.weight))
+        x, weight = (y.flatten(3).permute(0, 3, 1, 2) for y in (x, weight))  # (B, s*C, H, W // s)
+        return nn.functional.conv2d(x, weight, self.bias, (self.stride[0], 1))
+
+
 class Agent(nn.Module):
     """Shared encoder f_theta (Mnih et al. 2015, "Nature CNN") with a policy head W_pi and a value head W_v.
 
@@ -181,9 +198,9 @@ class Agent(nn.Module):
         self.obs_stats.var.fill_(255.0**2)  # until its first update, and for good without --norm-obs: pixels / 255
         self.register_buffer("temperature", torch.ones(()))  # of the policy; `train` lowers it
         self.encoder = nn.Sequential(
-            layer_init(nn.Conv2d(STACK, 32, 8, stride=4)),
+            layer_init(StridedConv2d(STACK, 32, 8, stride=4)),
             nn.ReLU(),
-            layer_init(nn.Conv2d(32, 64, 4, stride=2)),
+            layer_init(StridedConv2d(32, 64, 4, stride=2)),
             nn.ReLU(),
             layer_init(nn.Conv2d(64, 64, 3, stride=1)),
             nn.Flatten(),

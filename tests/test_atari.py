@@ -416,6 +416,36 @@ def test_normalised_pixels_are_clipped_on_both_sides(atari):
             torch.testing.assert_close(output, expected)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("channels, size, kernel, stride", [(4, 84, 8, 4), (32, 20, 4, 2), (3, 19, 4, 2)])
+def test_strided_convolutions(atari, bf16, channels, size, kernel, stride):
+    """Like PyTorch's, values and gradients, moving by 1 along a row; exported they are PyTorch's."""
+    torch.manual_seed(1)
+    conv, plain = atari.StridedConv2d(channels, 8, kernel, stride), torch.nn.Conv2d(channels, 8, kernel, stride)
+    plain.load_state_dict(conv.state_dict())
+    x = torch.randn(5, channels, size, size).to(memory_format=torch.channels_last).requires_grad_()
+    expected = plain(x)
+    gradient = torch.randn_like(expected)
+    gradients = torch.autograd.grad(expected, [x, *plain.parameters()], gradient)
+
+    calls, conv2d = [], torch.nn.functional.conv2d
+    with pytest.MonkeyPatch.context() as patch, torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        patch.setattr(torch.nn.functional, "conv2d", lambda *inputs: calls.append(inputs) or conv2d(*inputs))
+        output, exported = conv(x), conv.eval()(x)
+    (columns, weight, _, strides), (whole, kernels, *_) = calls
+    assert strides == (stride, 1) and whole is x and kernels is conv.weight
+    assert output.dtype == exported.dtype == (torch.bfloat16 if bf16 else torch.float32)
+    assert columns.shape == (5, channels * stride, size, size // stride) and weight.shape[1] == channels * stride
+    if size % stride == 0:  # nothing was copied
+        assert columns.data_ptr() == x.data_ptr() and columns.is_contiguous(memory_format=torch.channels_last)
+    tolerance = 2e-2 if bf16 else 1e-4
+    for actual in (output, exported):
+        torch.testing.assert_close(actual.float(), expected, rtol=tolerance, atol=tolerance)
+    actuals = torch.autograd.grad(output, [x, *conv.parameters()], gradient.to(output.dtype))
+    for actual, wanted in zip(actuals, gradients):
+        torch.testing.assert_close(actual, wanted, rtol=tolerance, atol=tolerance * float(wanted.abs().max()))
+
+
 def test_the_heads_never_compute_in_bfloat16(atari):
     agent, dtypes = atari.Agent(ScriptedGame(atari.STACK, [])), []
     agent.bf16 = True

@@ -267,9 +267,9 @@ def test_layers_have_a_nonlinearity_between_them_and_both_heads_train_them(path)
     trainer = load(path)
     envs = trainer.make_envs(trainer.Args(), 1)
     agent, space = trainer.Agent(envs), envs.single_observation_space
-    kinds = [type(layer) for layer in agent.encoder if not isinstance(layer, torch.nn.Flatten)]
-    assert len(kinds) % 2 == 0 and set(kinds[::2]) <= {torch.nn.Conv2d, torch.nn.Linear}
-    assert set(kinds[1::2]) in ({torch.nn.ReLU}, {torch.nn.Tanh})
+    layers = [layer for layer in agent.encoder if not isinstance(layer, torch.nn.Flatten)]
+    assert len(layers) % 2 == 0 and all(isinstance(layer, (torch.nn.Conv2d, torch.nn.Linear)) for layer in layers[::2])
+    assert {type(layer) for layer in layers[1::2]} in ({torch.nn.ReLU}, {torch.nn.Tanh})
     obs = trainer.to_tensor(np.ones((1, *space.shape), space.dtype), torch.device("cpu"))
     for output in agent(obs):  # logits, values
         (grad,) = torch.autograd.grad(output.flatten()[0], agent.encoder[0].weight, retain_graph=True)
