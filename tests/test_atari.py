@@ -228,6 +228,30 @@ def test_no_thread_of_the_policy_idles_beside_the_emulators(atari):
     assert all(after - before for before, after in itertools.pairwise(threads[1:]))
 
 
+@pytest.mark.skipif(sys.platform != "linux" or len(os.sched_getaffinity(0)) < 2, reason="another OpenMP, or one core")
+def test_an_idle_thread_soon_sleeps(atari):
+    """By the processor's time that passes while nothing is done: some milliseconds with OpenMP's own patience."""
+    code = """
+import runpy, statistics, sys, time
+runpy.run_path(sys.argv[1])
+import torch
+torch.set_num_threads(2)
+x, idle = torch.ones(2**20), []
+for _ in range(30):
+    x + x
+    before = time.process_time()
+    time.sleep(0.02)
+    idle.append(time.process_time() - before)
+print(statistics.median(idle))
+"""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("GOMP_", "OMP_"))}
+    seconds = []
+    for own in ({}, {"GOMP_SPINCOUNT": "300000"}):
+        command = [sys.executable, "-c", code, atari.__file__]
+        seconds.append(float(subprocess.run(command, capture_output=True, text=True, check=True, env=env | own).stdout))
+    assert 3 * seconds[0] < seconds[1]
+
+
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 def test_freed_memory_is_kept_for_the_next_minibatch(atari):
     """64 MiB, more than malloc keeps by itself, taken again and again after `keep_memory`."""
