@@ -85,7 +85,7 @@ class Args:
     seed: int = 1  # seed of everything random: network, actions, minibatches, environments
     torch_deterministic: bool = True  # choose cuDNN's deterministic kernels
     cuda: bool = True  # train on the GPU when there is one
-    bf16: bool = True  # encode in bfloat16 on a CPU with AMX, or AMD's with AVX512-BF16 (1.3 times faster)
+    bf16: bool = True  # encode in bfloat16 on a CPU with AMX, or AMD's with AVX512-BF16 (1.4 times faster)
     track: bool = False  # also log to Weights & Biases (needs `pip install wandb`)
     wandb_project_name: str = "ppo_clip"  # Weights & Biases project
     wandb_entity: str | None = None  # Weights & Biases team
