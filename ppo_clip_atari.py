@@ -52,7 +52,7 @@ from typing import Any, NoReturn
 
 SOURCE = Path(__file__).read_bytes()  # before the slow imports, in which a user may edit it
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # a minibatch's pixels on huge pages
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # 0.3 ms, not 3: threads may share a core while another is idle
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # a tenth: threads that wait awake may share a core while one is idle
 
 import ale_py
 import gymnasium as gym
@@ -174,6 +174,9 @@ class StridedConv2d(nn.Conv2d):
     row: the same products, but in bfloat16 oneDNN's gradients of them take a seventh to a half less time. An exported
     network (in `eval` mode) and one on a GPU have the plain convolution.
     """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int):  # and nothing else
+        super().__init__(in_channels, out_channels, kernel_size, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda or not self.training:
@@ -745,7 +748,7 @@ def keep_memory() -> None:
 
 
 def free_cores() -> None:
-    """Ends PyTorch's OpenMP threads until their next work: idle, they spin for 3 ms on cores that emulators want."""
+    """Ends PyTorch's OpenMP threads until their next work: idle, they wait awake on cores that emulators want."""
     with contextlib.suppress(AttributeError):  # a PyTorch without OpenMP
         ctypes.CDLL(None).omp_pause_resource_all(1)  # 1: omp_pause_soft
 
