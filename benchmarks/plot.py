@@ -52,6 +52,7 @@ LEARNING = {
         ("QbertNoFrameskip-v4", "Qbert", 17246),
         ("SpaceInvadersNoFrameskip-v4", "SpaceInvaders", 1189),
         ("SeaquestNoFrameskip-v4", "Seaquest", 1240),
+        ("MsPacmanNoFrameskip-v4", "MsPacman", 2346),
     ],
 }
 
