@@ -102,7 +102,7 @@ def save(figure: plt.Figure, path: Path) -> None:
 
 
 def draw_learning(name: str, results: Path, to: Path) -> None:
-    """One column per environment; return against steps above, against wall time below.
+    """One column per environment, four abreast; return against steps above, against wall time below.
 
     Seeds in records of their own, `learning_<env>_seed_<seed>.json`, mostly ran beside other work: they are
     drawn above only.
@@ -124,8 +124,12 @@ def draw_learning(name: str, results: Path, to: Path) -> None:
             print(f"{name}: no curves of {source} in {path}, left out")
     if not columns:
         return
-    figure, axes = plt.subplots(2, len(columns), figsize=(3.4 * len(columns), 5.4), squeeze=False)
-    for column, (title, target, runs, hardware) in zip(axes.T, columns):
+    abreast, blocks = min(len(columns), 4), math.ceil(len(columns) / 4)
+    figure, axes = plt.subplots(2 * blocks, abreast, figsize=(3.4 * abreast, 5.4 * blocks), squeeze=False)
+    cells = axes.reshape(blocks, 2, abreast).swapaxes(1, 2).reshape(-1, 2)  # (columns, 2)
+    for axis in cells[len(columns) :].flat:
+        axis.remove()
+    for column, (title, target, runs, hardware) in zip(cells, columns):
         for axis, key in zip(column, ("step", "seconds")):
             draw(axis, runs[key], key)
             axis.axhline(target, color="grey", linestyle=":", linewidth=1)
