@@ -199,7 +199,7 @@ class Agent(nn.Module):
     def __init__(self, envs: VectorEnv):
         super().__init__()
         self.obs_stats = RunningStats(envs.single_observation_space.shape[1:])  # of each pixel
-        self.obs_stats.var.fill_(255.0**2)  # until its first update, and for good without --norm-obs: pixels / 255
+        self.obs_stats.var.fill_((255 / 4) ** 2)  # until its first update, for good without --norm-obs: pixels / 255
         self.register_buffer("temperature", torch.ones(()))  # of the policy; `train` lowers it
         self.encoder = nn.Sequential(
             layer_init(StridedConv2d(STACK, 32, 8, stride=4)),
@@ -218,10 +218,11 @@ class Agent(nn.Module):
 
     def forward(self, obs: Tensor) -> tuple[Tensor, Tensor]:
         pixels = obs.contiguous(memory_format=torch.channels_last).float()  # reorders bytes, not floats: 25 % less time
-        stats = self.obs_stats.mean, torch.rsqrt(self.obs_stats.var.clamp(min=1.0))  # most pixels hardly ever change
+        # to a standard deviation of 1/4, about that of pixels / 255: with 1, Enduro's rare first rewards are lost again
+        stats = self.obs_stats.mean, torch.rsqrt(16 * self.obs_stats.var.clamp(min=1.0))  # most pixels hardly change
         # same memory layout as the pixels: three times as fast as broadcasting over channels
         mean, scale = (x.expand_as(obs[:1]).contiguous(memory_format=torch.channels_last) for x in stats)
-        pixels = pixels.sub_(mean).mul_(scale).clamp_(-5.0, 5.0)
+        pixels = pixels.sub_(mean).mul_(scale).clamp_(-1.25, 1.25)  # 5 standard deviations
         with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
             features = self.encoder(pixels)
         features = features.float()

@@ -398,6 +398,16 @@ def test_pytorch_still_names_what_bfloat16_depends_on():
     assert ("AMD" in cpu["cpu_name"]) == ("AuthenticAMD" in Path("/proc/cpuinfo").read_text())
 
 
+def encoder_input(agent, obs):
+    """What `agent` makes of the pixels."""
+    inputs = []
+    hook = agent.encoder.register_forward_pre_hook(lambda module, args: inputs.append(args[0].numpy()))
+    with torch.no_grad():
+        agent(torch.from_numpy(obs.astype(np.uint8)))
+    hook.remove()
+    return inputs[0]
+
+
 def test_pixels_are_normalised_by_what_the_run_saw(atari, tmp_path, monkeypatch):
     """Mean and variance of every pixel over the frames of all iterations, against NumPy."""
     seen, update = [], atari.update
@@ -417,27 +427,21 @@ def test_pixels_are_normalised_by_what_the_run_saw(atari, tmp_path, monkeypatch)
     np.testing.assert_allclose(var, frames.var(0), rtol=1e-3, atol=1e-2)
     assert frames.var(0).max() > 1
 
-    agent, plain = (atari.Agent(atari.make_envs(args, 1)) for _ in range(2))
+    agent = atari.Agent(atari.make_envs(args, 1))
     agent.load_state_dict(state)
-    identity = {"obs_stats.mean": torch.zeros(84, 84), "obs_stats.var": torch.ones(84, 84)}
-    plain.load_state_dict(state | identity)
-    obs = torch.from_numpy(np.stack([frames[: atari.STACK], frames[-atari.STACK :]]).astype(np.uint8))
-    pixels = np.clip((obs.numpy() - mean) / np.sqrt(np.maximum(var, 1)), -5, 5)
-    with torch.no_grad():
-        for output, expected in zip(agent(obs), plain(torch.from_numpy(pixels).float())):  # logits, values
-            torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-5)
+    obs = np.stack([frames[: atari.STACK], frames[-atari.STACK :]])
+    expected = np.clip((obs - mean) / np.sqrt(np.maximum(var, 1)), -5, 5) / 4
+    np.testing.assert_allclose(encoder_input(agent, obs), expected, rtol=1e-3, atol=1e-5)
 
 
 def test_normalised_pixels_are_clipped_on_both_sides(atari):
-    agent, plain = (atari.Agent(ScriptedGame(atari.STACK, [])) for _ in "ab")
-    plain.load_state_dict(agent.state_dict())
-    for one, mean in ((agent, 100.0), (plain, 0.0)):
-        one.obs_stats.mean.fill_(mean)
-        one.obs_stats.var.fill_(1.0)
-    obs = torch.tensor([0, 94, 96, 105, 107, 255], dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, atari.STACK, 84, 84)
-    with torch.no_grad():
-        for output, expected in zip(agent(obs), plain((obs.float() - 100).clamp(-5, 5))):
-            torch.testing.assert_close(output, expected)
+    agent = atari.Agent(ScriptedGame(atari.STACK, []))
+    agent.obs_stats.mean.fill_(100.0)
+    agent.obs_stats.var.fill_(4.0)
+    obs = np.array([0, 89, 91, 109, 111, 255])
+    seen = encoder_input(agent, np.broadcast_to(obs.reshape(-1, 1, 1, 1), (6, atari.STACK, 84, 84)))
+    for pixels, expected in zip(seen, [-5 / 4, -5 / 4, -4.5 / 4, 4.5 / 4, 5 / 4, 5 / 4]):
+        np.testing.assert_allclose(pixels, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -481,14 +485,10 @@ def test_the_heads_never_compute_in_bfloat16(atari):
 
 def test_without_norm_obs_pixels_are_divided_by_255(atari, tmp_path):
     atari.train(tiny(atari, norm_obs=False, cuda=False, eval_episodes=0, run_dir=str(tmp_path / "run")))
-    agent, plain = (atari.Agent(atari.make_envs(tiny(atari), 1)) for _ in range(2))
-    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"]
-    agent.load_state_dict(state)
-    plain.load_state_dict(state | {"obs_stats.var": torch.ones(84, 84)})
-    obs = torch.randint(0, 256, (2, atari.STACK, 84, 84), dtype=torch.uint8)
-    with torch.no_grad():
-        for output, expected in zip(agent(obs), plain(obs.float() / 255)):
-            torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-5)
+    agent = atari.Agent(atari.make_envs(tiny(atari), 1))
+    agent.load_state_dict(torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=True)["agent"])
+    obs = np.random.default_rng(0).integers(0, 256, (2, atari.STACK, 84, 84))
+    np.testing.assert_allclose(encoder_input(agent, obs), obs / 255, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_envs, sizes", [(64, [16] * 4), (34, [17] * 2), (8, [4] * 2), (7, [7])])
